@@ -1,0 +1,289 @@
+"""All the math of a static-shape LLaMA.
+
+Shape letters: B batch, T query tokens, S cache rows, H query heads, K key/value heads, D head_dim,
+E hidden_size, V vocab_size, N tokens that get logits.
+
+Hidden states stay 2-D, [B*T, E], so that every weight product is one plain matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import KVCache
+from .config import LlamaConfig
+from .linear import Linear
+from .tables import causal_mask, rope_tables
+
+__all__ = ["Attention", "Llama", "TorchAttention"]
+
+
+class Attention(Protocol):
+    """The seam that keeps this file free of branches: RoPE, cache write and attention of a layer.
+
+    `prepare` runs once a step, the call once a layer. The torch form writes the cache in place;
+    the export forms emit ONNX operators and keep the written caches as graph outputs.
+    """
+
+    def prepare(
+        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
+    ) -> tuple[Tensor, ...]:
+        """Builds what all layers share from positions and write_indices, each [B] int64."""
+        ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *shared: Tensor,
+    ) -> Tensor:
+        """Rotates, writes and attends.
+
+        Args:
+            q: [B, T, H, D] queries before RoPE.
+            k: [B, T, K, D] keys before RoPE.
+            v: [B, T, K, D] values.
+            k_cache: [B, K, S, D] keys so far.
+            v_cache: [B, K, S, D] values so far.
+            cos: [B, T, D/2] float32.
+            sin: [B, T, D/2] float32.
+            shared: What prepare returned.
+
+        Returns:
+            [B, T, H, D] in q's dtype.
+        """
+        ...
+
+
+class TorchAttention:
+    """Attention over the preallocated cache, written in place."""
+
+    def prepare(
+        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
+    ) -> tuple[Tensor, ...]:
+        """Returns the mask [B, 1, T, S] bool and the cache rows written, [B, T] int64."""
+        rows = write_indices[:, None] + torch.arange(num_tokens, device=positions.device)
+        return causal_mask(positions, num_tokens, max_seq_len), rows
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *shared: Tensor,
+    ) -> Tensor:
+        """See Attention."""
+        mask, rows = shared
+        q = rotate(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
+        k = rotate(k, cos, sin).transpose(1, 2)  # [B, K, T, D]
+        index = rows[:, None, :, None].expand_as(k)
+        k_cache.scatter_(2, index, k)
+        v_cache.scatter_(2, index, v.transpose(1, 2))
+        if q.shape[2] == 1:
+            return _attend_one(q, k_cache, v_cache, mask).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=True)
+        return out.transpose(1, 2)  # [B, T, H, D]
+
+
+class Llama(nn.Module):
+    """A LLaMA under HF's weight names, with its RoPE tables.
+
+    Args:
+        config: The model's facts.
+        num_positions: Rows of the RoPE tables.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: LlamaConfig, *, num_positions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        with torch.device("cpu"):  # real even when the weights are built on the meta device
+            cos, sin = rope_tables(config, num_positions)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        logit_indices: Tensor,
+        cache: KVCache,
+        attention: Attention,
+    ) -> Tensor:
+        """Runs T tokens of each row through the model and its cache.
+
+        Args:
+            input_ids: [B, T] int64.
+            positions: [B] int64, absolute position of each row's first token (RoPE, mask).
+            write_indices: [B] int64, cache row that token is written to.
+            logit_indices: [B, N] int64, which of the T tokens the head runs on.
+            cache: The rows so far; written by `attention`.
+            attention: The seam; see Attention.
+
+        Returns:
+            [B, N, V] float32 logits.
+        """
+        batch_size, num_tokens = input_ids.shape
+        shared = attention.prepare(positions, write_indices, num_tokens, cache.k[0].shape[2])
+        tokens = positions[:, None] + torch.arange(num_tokens, device=positions.device)
+        cos, sin = self.cos[tokens], self.sin[tokens]  # [B, T, D/2]
+
+        hidden = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B*T, E]
+        for layer, k_cache, v_cache in zip(self.model.layers, cache.k, cache.v, strict=True):
+            hidden = layer(hidden, k_cache, v_cache, cos, sin, attention, *shared)
+
+        starts = torch.arange(batch_size, device=positions.device)[:, None] * num_tokens
+        hidden = hidden[(starts + logit_indices).flatten()]  # [B*N, E]
+        logits = self.lm_head(self.model.norm(hidden))
+        return logits.float().view(batch_size, -1, logits.shape[-1])
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the statistics in float32. Source: arXiv 1910.07467."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the last dimension of x, [..., E]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class _Layer(nn.Module):
+    """One decoder layer; compiled once, whatever the number of layers."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _MLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        *shared: Tensor,
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden), k_cache, v_cache, cos, sin, attention, *shared
+        )
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(width, q_size, bias=bias)
+        self.k_proj = Linear(width, kv_size, bias=bias)
+        self.v_proj = Linear(width, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, width, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        *shared: Tensor,
+    ) -> Tensor:
+        batch_size, num_tokens, _ = cos.shape
+
+        def heads(projection: Tensor) -> Tensor:  # head count from the local weights
+            return projection.view(batch_size, num_tokens, -1, self.head_dim)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        out = attention(q, k, v, k_cache, v_cache, cos, sin, *shared)
+        return self.o_proj(out.reshape(batch_size * num_tokens, -1))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotate-half RoPE in float32.
+
+    Args:
+        x: [B, T, heads, D].
+        cos: [B, T, D/2] float32.
+        sin: [B, T, D/2] float32.
+
+    Returns:
+        [B, T, heads, D] in x's dtype.
+
+    Source: arXiv 2104.09864, in HF's layout: dimension i pairs with i + D/2.
+    """
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def _attend_one(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token a row, heads grouped by the keys they share.
+
+    Fused attention kernels split work by query blocks; with one query a plain product and softmax
+    cost a fraction of them.
+
+    Args:
+        q: [B, H, 1, D].
+        k_cache: [B, K, S, D].
+        v_cache: [B, K, S, D].
+        mask: [B, 1, 1, S] bool.
+
+    Returns:
+        [B, H, 1, D].
+    """
+    batch_size, num_heads, _, head_dim = q.shape
+    q = q.view(batch_size, k_cache.shape[1], -1, head_dim)  # [B, K, H/K, D]
+    scores = (q @ k_cache.transpose(2, 3)).float() * head_dim**-0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(q.dtype)
+    return (weights @ v_cache).view(batch_size, num_heads, 1, head_dim)
