@@ -29,10 +29,18 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
 
+        One row on a CPU is a matrix-vector product, bound by reading the weight; the code
+        Inductor generates for the written-out sum reads it about twice as fast as the BLAS call.
+        Eager mode would materialize the product, so it takes the BLAS call.
+
         Args:
             x: [M, in_features].
 
         Returns:
             [M, out_features] in x's dtype.
         """
+        one_row = x.shape[0] == 1 and x.device.type == "cpu"
+        if one_row and torch.compiler.is_dynamo_compiling():
+            out = (self.weight * x).sum(dim=-1)[None]
+            return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)

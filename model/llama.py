@@ -8,6 +8,7 @@ Hidden states stay 2-D, [B*T, E], so that every weight product is one plain matr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -64,8 +65,12 @@ class Attention(Protocol):
         ...
 
 
-class TorchAttention:
-    """Attention over the preallocated cache, written in place."""
+class TorchAttention(nn.Module):
+    """Attention over the preallocated cache, written in place.
+
+    A module without weights: torch.compile traces a layer once for all layers only when what it
+    is called with are tensors and modules.
+    """
 
     def prepare(
         self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
@@ -74,7 +79,7 @@ class TorchAttention:
         rows = write_indices[:, None] + torch.arange(num_tokens, device=positions.device)
         return causal_mask(positions, num_tokens, max_seq_len), rows
 
-    def __call__(
+    def forward(
         self,
         q: Tensor,
         k: Tensor,
@@ -96,6 +101,11 @@ class TorchAttention:
             return _attend_one(q, k_cache, v_cache, mask).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=True)
         return out.transpose(1, 2)  # [B, T, H, D]
+
+
+def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:
+    """Calls one decoder layer; the compiled path marks this call as one shared region."""
+    return layer(*args)
 
 
 class Llama(nn.Module):
@@ -129,6 +139,7 @@ class Llama(nn.Module):
         logit_indices: Tensor,
         cache: KVCache,
         attention: Attention,
+        call_layer: Callable[..., Tensor] = call_layer,
     ) -> Tensor:
         """Runs T tokens of each row through the model and its cache.
 
@@ -139,6 +150,7 @@ class Llama(nn.Module):
             logit_indices: [B, N] int64, which of the T tokens the head runs on.
             cache: The rows so far; written by `attention`.
             attention: The seam; see Attention.
+            call_layer: How a layer is called.
 
         Returns:
             [B, N, V] float32 logits.
@@ -150,7 +162,7 @@ class Llama(nn.Module):
 
         hidden = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B*T, E]
         for layer, k_cache, v_cache in zip(self.model.layers, cache.k, cache.v, strict=True):
-            hidden = layer(hidden, k_cache, v_cache, cos, sin, attention, *shared)
+            hidden = call_layer(layer, attention, hidden, k_cache, v_cache, cos, sin, *shared)
 
         starts = torch.arange(batch_size, device=positions.device)[:, None] * num_tokens
         hidden = hidden[(starts + logit_indices).flatten()]  # [B*N, E]
@@ -189,19 +201,8 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _MLP(config)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attention: Attention,
-        *shared: Tensor,
-    ) -> Tensor:
-        hidden = hidden + self.self_attn(
-            self.input_layernorm(hidden), k_cache, v_cache, cos, sin, attention, *shared
-        )
+    def forward(self, attention: Attention, hidden: Tensor, *step: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(attention, self.input_layernorm(hidden), *step)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -219,12 +220,12 @@ class _SelfAttention(nn.Module):
 
     def forward(
         self,
+        attention: Attention,
         x: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attention: Attention,
         *shared: Tensor,
     ) -> Tensor:
         batch_size, num_tokens, _ = cos.shape

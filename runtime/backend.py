@@ -9,7 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "StaticShape"]
+__all__ = ["Backend", "BackendUnavailableError", "StaticShape"]
+
+
+class BackendUnavailableError(RuntimeError):
+    """This machine lacks what the backend that was asked for needs; the message says what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +86,7 @@ class Backend(Protocol):
         """
         ...
 
-    def decode(
-        self, ids: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Runs one token of every slot, each at its own position.
 
         Past the cache (position >= max_seq_len) the window rolls: the token's row is

@@ -1,0 +1,260 @@
+"""The torch backend: one prefill and one decode callable on a preallocated cache."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from ..runtime.backend import BackendUnavailableError, StaticShape
+from ..runtime.cache_folder import cache_folder
+from .cache import KVCache
+from .llama import Llama, TorchAttention, call_layer
+
+__all__ = ["Startup", "TorchBackend", "compiler_problem"]
+
+_Step = Callable[[Tensor, Tensor, Tensor, Tensor, KVCache], Tensor]
+
+# Inductor's default of 512 elements a thread splits the reduction of a matrix-vector product
+# between threads; rows are what should be split.
+_CPU_OPTIONS = {"cpp.min_chunk_size": 65536}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Startup:
+    """What making the backend ready cost.
+
+    Attributes:
+        compile_s: First calls of all callables: trace, compile or load from the disk cache.
+        warmup_s: Second calls, at full speed.
+        cache_hit: Whether every graph came from the disk cache; None when nothing is compiled.
+    """
+
+    compile_s: float
+    warmup_s: float
+    cache_hit: bool | None
+
+
+class TorchBackend:
+    """A Llama in torch, eager or compiled, behind the Backend protocol.
+
+    Compiled, every step is one graph without breaks; after warm-up a recompile or a moved cache
+    is a RuntimeError. On CUDA the decode step is replayed as one CUDA graph.
+
+    Args:
+        model: The model, on its device, in its dtype; its RoPE tables fix num_positions.
+        batch_size: B, cache slots.
+        max_seq_len: S, cache rows of a slot.
+        prefill_lens: P, ascending.
+        compile: Whether to compile; False runs the same code eagerly.
+        all_logits: Whether prefill computes logits for all its tokens, which `score` needs.
+        unroll_layers: Compile every layer separately instead of once (slow; for torch versions
+            whose nested compile regions can't write the cache in place).
+        progress: Told in a few words what is being compiled.
+
+    Raises:
+        ValueError: The sizes contradict each other.
+        BackendUnavailableError: compile on a CPU without a C++ compiler.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        batch_size: int = 1,
+        max_seq_len: int,
+        prefill_lens: tuple[int, ...],
+        compile: bool = True,
+        all_logits: bool = False,
+        unroll_layers: bool = False,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        config = model.config
+        self.shape = StaticShape(
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            prefill_lens=prefill_lens,
+            num_positions=model.cos.shape[0],
+            vocab_size=config.vocab_size,
+        )
+        self._device = model.cos.device
+        if compile and self._device.type == "cpu" and (problem := compiler_problem()):
+            raise BackendUnavailableError(f"{problem}; install it or use --backend eager")
+        self._compiled = compile
+        self._all_logits = all_logits
+        self.cache = KVCache.allocate(
+            config,
+            batch_size,
+            max_seq_len,
+            dtype=model.lm_head.weight.dtype,
+            device=self._device,
+        )
+        self._slots = [self.cache.slot(index) for index in range(batch_size)]
+        self._addresses = self._cache_addresses()
+
+        attention = TorchAttention()
+        layer = call_layer
+        if compile and not unroll_layers:
+            layer = torch.compiler.nested_compile_region(call_layer)
+
+        def step(ids: Tensor, positions: Tensor, rows: Tensor, last: Tensor, c: KVCache) -> Tensor:
+            return model(ids, positions, rows, last, c, attention, layer)
+
+        def build(name: str) -> _Step:
+            # torch.compile keys its cache on the code object: a copy for every callable keeps
+            # one backend's shapes from counting as another's recompiles.
+            code = step.__code__.replace(co_name=name)
+            copy = FunctionType(code, step.__globals__, name, None, step.__closure__)
+            if not compile:
+                return copy
+            options = _CPU_OPTIONS if self._device.type == "cpu" else None
+            return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
+
+        self._prefill = {length: build(f"prefill_{length}") for length in prefill_lens}
+        self._decode = build("decode")
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._decode_inputs = [
+            torch.zeros(size, dtype=torch.int64, device=self._device)
+            for size in ((batch_size, 1), (batch_size,), (batch_size,), (batch_size, 1))
+        ]
+        self._warm = False
+        self.startup = self._start(progress)
+        self._warm = True
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """One chunk of a prompt through one slot; see Backend."""
+        logits = self._run_prefill(slot, ids, start)
+        return logits[len(ids) - 1 if self._all_logits else 0].cpu().numpy()
+
+    def score(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Like prefill, with the logits of every id.
+
+        Args:
+            slot: Which slot's cache to fill.
+            ids: 1 to P token ids.
+            start: Position of the first id.
+
+        Returns:
+            [len(ids), V] float32 logits.
+
+        Raises:
+            ValueError: The backend was built without all_logits.
+        """
+        if not self._all_logits:
+            raise ValueError("score needs a TorchBackend built with all_logits=True")
+        return self._run_prefill(slot, ids, start)[: len(ids)].cpu().numpy()
+
+    def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One token of every slot; see Backend."""
+        token_ids, tokens, rows, _ = self._decode_inputs
+        token_ids[:, 0].copy_(torch.from_numpy(ids))
+        tokens.copy_(torch.from_numpy(positions))
+        torch.remainder(tokens, self.shape.max_seq_len, out=rows)
+        if self._graph is not None:
+            self._graph.replay()
+            return self._graph_logits[:, 0].cpu().numpy()
+        return self._call(self._decode, *self._decode_inputs, self.cache)[:, 0].cpu().numpy()
+
+    def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> Tensor:
+        """[N, V] logits of one chunk."""
+        shape = self.shape
+        length = next((p for p in shape.prefill_lens if p >= len(ids)), None)
+        if not ids or length is None:
+            raise ValueError(f"chunk has {len(ids)} ids; allowed are 1 to {shape.prefill_len}")
+        if not 0 <= slot < shape.batch_size:
+            raise ValueError(f"slot is {slot}; allowed are 0 to {shape.batch_size - 1}")
+        if not 0 <= start <= shape.max_seq_len - length:
+            raise ValueError(
+                f"chunk starts at {start}; with prefill_len {length} and max_seq_len "
+                f"{shape.max_seq_len} it may start at 0 to {shape.max_seq_len - length}"
+            )
+        padded = torch.zeros((1, length), dtype=torch.int64)
+        padded[0, : len(ids)] = torch.as_tensor(ids)
+        wanted = range(length) if self._all_logits else [len(ids) - 1]
+        position = torch.tensor([start])
+        inputs = [padded, position, position.clone(), torch.tensor([list(wanted)])]
+        step = self._prefill[length]
+        return self._call(step, *(x.to(self._device) for x in inputs), self._slots[slot])[0]
+
+    @torch.no_grad()
+    def _call(
+        self, step: _Step, ids: Tensor, positions: Tensor, rows: Tensor, last: Tensor, c: KVCache
+    ) -> Tensor:
+        if not (self._compiled and self._warm):
+            return step(ids, positions, rows, last, c)
+        if self._cache_addresses() != self._addresses:
+            raise RuntimeError("the KV cache was reallocated after warm-up")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return step(ids, positions, rows, last, c)
+
+    def _cache_addresses(self) -> list[int]:
+        return [buffer.data_ptr() for buffer in (*self.cache.k, *self.cache.v)]
+
+    def _start(self, progress: Callable[[str], None]) -> Startup:
+        """Runs everything twice: the first call compiles, the second is warm."""
+        misses = counters["inductor"]["fxgraph_cache_miss"]
+        shape = self.shape
+        ids = np.zeros(shape.batch_size, dtype=np.int64)
+        calls: list[tuple[str, Callable[[], object]]] = [
+            (f"prefill of {p}", lambda p=p: self._run_prefill(0, [0] * p, 0))
+            for p in shape.prefill_lens
+        ]
+        calls.append(("decode", lambda: self.decode(ids, ids)))
+        compile_s = warmup_s = 0.0
+        with _compile_cache() if self._compiled else contextlib.nullcontext():
+            for name, call in calls:
+                progress(f"compiling {name}" if self._compiled else f"warming up {name}")
+                begin = time.perf_counter()
+                call()
+                middle = time.perf_counter()
+                call()
+                compile_s += middle - begin
+                warmup_s += time.perf_counter() - middle
+        if self._compiled and self._device.type == "cuda":
+            self._capture()
+        hit = counters["inductor"]["fxgraph_cache_miss"] == misses if self._compiled else None
+        return Startup(compile_s=compile_s, warmup_s=warmup_s, cache_hit=hit)
+
+    def _capture(self) -> None:
+        """Records the decode step; its inputs, cache and logits keep their addresses."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            self._graph_logits = self._decode(*self._decode_inputs, self.cache)
+        self._graph = graph
+
+
+def compiler_problem() -> str | None:
+    """What torch.compile lacks on this machine's CPU, in a few words, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) found, which torch.compile needs on CPU"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"{header} not found, which torch.compile needs on CPU (python3-dev)"
+    return None
+
+
+@contextlib.contextmanager
+def _compile_cache() -> Iterator[None]:
+    """Keeps compiled graphs in the user's cache folder unless the environment names another."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(cache_folder("inductor"))
+    try:
+        yield
+    finally:
+        del os.environ[name]
