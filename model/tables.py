@@ -79,7 +79,9 @@ def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     original = scaling.original_max_position_embeddings
-    assert low is not None and high is not None and original is not None
+    assert low is not None
+    assert high is not None
+    assert original is not None
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > original / low, inv_freq / scaling.factor, inv_freq)
     smooth = (original / wavelength - low) / (high - low)

@@ -1,4 +1,4 @@
-"""What every backend promises the generation loop: fixed sizes, one prefill chunk, one decode step."""
+"""What every backend promises the generation loop: fixed sizes, a prefill chunk, a decode step."""
 
 from __future__ import annotations
 
