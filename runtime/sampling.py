@@ -1,0 +1,266 @@
+"""Draws the next token from a row of logits, the same on every machine, backend and batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Sampler", "SamplingParams", "log_softmax", "top_logprobs"]
+
+_MAX_KEY = 2**64 - 1  # a Philox key or counter word
+_SORTABLE = 1024  # so few candidates are sorted outright
+_NUM_BUCKETS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a request's tokens are drawn; the filters apply in the order of the fields.
+
+    Attributes:
+        repetition_penalty: Divides the positive and multiplies the negative logits of ids seen in
+            the prompt or the continuation; 1 is off. It applies to greedy decoding too.
+        temperature: Divides the logits; 0 takes the largest logit, whatever the seed.
+        top_k: Keeps this many of the largest logits; 0 is off.
+        top_p: Keeps the fewest most likely ids whose probabilities reach this sum; 1 is off.
+        min_p: Keeps ids at least this probable relative to the most likely one; 0 is off.
+        seed: Chooses the random numbers; equal seeds and logits give equal tokens.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or above and finite")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be in [0, 1]")
+        if not 0 <= self.seed <= _MAX_KEY:
+            raise ValueError(f"seed is {self.seed}; it must be in [0, 2**64)")
+
+
+class Sampler:
+    """The sampler of one request.
+
+    A token depends on the logits, the ids seen so far, the seed, the sample index and the token's
+    position, and on nothing else: not on earlier draws, the batch, or who calls in which order.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        *,
+        allowed_size: int | None = None,
+        prompt_ids: Sequence[int] = (),
+        sample_index: int = 0,
+    ) -> None:
+        """Prepares a request's sampler.
+
+        Args:
+            params: Filters and seed.
+            vocab_size: V, width of the logits.
+            allowed_size: The tokenizer's size; ids from here on are never drawn. Default: V.
+            prompt_ids: Ids the repetition penalty counts as seen.
+            sample_index: Tells several samples of one request with one seed apart.
+
+        Raises:
+            ValueError: allowed_size or sample_index is out of its range.
+        """
+        allowed_size = vocab_size if allowed_size is None else allowed_size
+        if not 1 <= allowed_size <= vocab_size:
+            raise ValueError(
+                f"allowed_size is {allowed_size}; it must be between 1 and vocab_size, {vocab_size}"
+            )
+        if not 0 <= sample_index <= _MAX_KEY:
+            raise ValueError(f"sample_index is {sample_index}; it must be in [0, 2**64)")
+        self._params = params
+        self._vocab_size = vocab_size
+        self._allowed_size = allowed_size
+        self._key = np.array([params.seed, sample_index], dtype=np.uint64)
+        self._seen = np.zeros(vocab_size, dtype=np.bool_)
+        self._seen[list(prompt_ids)] = True
+
+    def sample(self, logits: NDArray[np.float32], position: int) -> int:
+        """Draws a token and counts it as seen.
+
+        Args:
+            logits: [V] float32 logits of the row before the token.
+            position: The drawn token's own absolute position.
+
+        Returns:
+            The token id; among equals the filters and the argmax prefer the lower id.
+
+        Raises:
+            ValueError: The logits have another width, or hold NaN, +inf or nothing finite.
+        """
+        ids, weights = self._candidates(logits)
+        # The CDF runs in id order, so a last-digit difference in a logit moves its edges by as
+        # little; in order of probability two near-equal ids could change places.
+        cdf = np.cumsum(weights)
+        target = _uniform(self._key, position) * cdf[-1]
+        token_id = int(ids[np.searchsorted(cdf, target, side="right")])
+        self._seen[token_id] = True
+        return token_id
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Gives the distribution that `sample` would draw from, and draws nothing.
+
+        Args:
+            logits: [V] float32 logits.
+
+        Returns:
+            [V] float64 probabilities, 0 for every id that was filtered out.
+
+        Raises:
+            ValueError: As `sample`.
+        """
+        ids, weights = self._candidates(logits)
+        probabilities = np.zeros(self._vocab_size)
+        probabilities[ids] = weights / weights.sum()
+        return probabilities
+
+    def _candidates(
+        self, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Returns the ids that pass the filters, ascending, and their weights (largest is 1)."""
+        if logits.shape != (self._vocab_size,):
+            raise ValueError(f"logits have shape {logits.shape}; expected ({self._vocab_size},)")
+        params = self._params
+        scores = logits[: self._allowed_size].astype(np.float64)
+        if params.repetition_penalty != 1:
+            seen = np.flatnonzero(self._seen[: self._allowed_size])
+            hit = scores[seen]
+            penalty = params.repetition_penalty
+            scores[seen] = np.where(hit > 0, hit / penalty, hit * penalty)
+        best = int(np.argmax(scores))  # NaN if there is one, else the lowest of equals
+        if not math.isfinite(scores[best]) or math.isnan(logits.max()):
+            raise ValueError(
+                f"the largest logit is {logits.max()}; sampling needs a finite one, "
+                "so the weights or a computation in 16 bits overflowed"
+            )
+        if params.temperature == 0:
+            return np.array([best]), np.ones(1)
+        ids = np.arange(self._allowed_size)
+        if 0 < params.top_k < self._allowed_size:
+            ids = _top_k(scores, params.top_k)
+        scores = scores[ids]
+        with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right answer
+            scores = (scores - scores.max()) / params.temperature
+        weights = np.exp(scores)
+        if params.top_p < 1:
+            kept = _top_p(scores, weights, params.top_p)
+            ids, weights = ids[kept], weights[kept]
+        if params.min_p > 0:
+            kept = np.flatnonzero(weights >= params.min_p)  # the most likely id's weight is 1
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Takes the log-probabilities of a row of raw logits.
+
+    Args:
+        logits: [V] float32 logits, before any filter.
+
+    Returns:
+        [V] float64 natural logarithms of the probabilities.
+    """
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def top_logprobs(logprobs: NDArray[np.float64], k: int) -> tuple[tuple[int, float], ...]:
+    """Picks the most likely ids.
+
+    Args:
+        logprobs: [V] float64 log-probabilities.
+        k: How many; all of them if there are fewer.
+
+    Returns:
+        (id, logprob) pairs, the most likely first, equals by the lower id.
+    """
+    if k < 1:
+        return ()
+    ids = _top_k(logprobs, k) if k < logprobs.size else np.arange(logprobs.size)
+    ids = ids[np.argsort(-logprobs[ids], kind="stable")]
+    return tuple((int(i), float(logprobs[i])) for i in ids)
+
+
+def _uniform(key: NDArray[np.uint64], position: int) -> float:
+    """Returns a number in [0, 1): the first of Philox's bits for this key and position.
+
+    Raw bits only: NumPy keeps a bit generator's stream, not what `Generator.random` makes of it.
+
+    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+    """
+    counter = np.array([position, 0, 0, 0], dtype=np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw()
+    return (raw >> 11) * 2.0**-53
+
+
+def _top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    """Returns the ids of the k largest scores, ascending; the lower id wins a tie at the edge."""
+    edge = np.partition(scores, scores.size - k)[scores.size - k]
+    above = np.flatnonzero(scores > edge)
+    at_edge = np.flatnonzero(scores == edge)[: k - above.size]
+    return np.sort(np.concatenate([above, at_edge]))
+
+
+def _top_p(
+    scores: NDArray[np.float64], weights: NDArray[np.float64], top_p: float
+) -> NDArray[np.int64]:
+    """Finds the fewest largest weights that reach top_p of their total.
+
+    Instead of sorting V numbers it sums them in buckets of their score, keeps the buckets above
+    the one in which the sum is reached, and looks again inside that one.
+
+    Args:
+        scores: [n] float64, the logarithms of the weights.
+        weights: [n] float64, none negative.
+        top_p: The share to reach, below 1.
+
+    Returns:
+        Indices of what is kept, ascending, at least one; the lower index wins a tie at the edge.
+    """
+    total = weights.sum()
+    target = top_p * total
+    kept = np.zeros(weights.size, dtype=np.bool_)
+    kept_sum = 0.0
+    # All weights below this floor sum to less than what may be dropped.
+    floor = max((total - target) / weights.size, math.ulp(0.0))
+    edge = np.flatnonzero(weights >= floor)
+    while edge.size > _SORTABLE:
+        depth = scores[edge].max() - scores[edge]
+        if depth.max() == 0:
+            break
+        buckets = (depth / depth.max() * _NUM_BUCKETS).astype(np.int64)  # 0 holds the largest
+        sums = kept_sum + np.cumsum(np.bincount(buckets, weights=weights[edge]))
+        reached = min(int(np.searchsorted(sums, target)), _NUM_BUCKETS)
+        if reached > 0:
+            kept[edge[np.flatnonzero(buckets < reached)]] = True
+            kept_sum = float(sums[reached - 1])
+        edge = edge[np.flatnonzero(buckets == reached)]
+    edge = edge[np.argsort(-scores[edge], kind="stable")]
+    sums = kept_sum + np.cumsum(weights[edge])
+    kept[edge[: int(np.searchsorted(sums, target)) + 1]] = True
+    return np.flatnonzero(kept)
