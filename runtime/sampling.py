@@ -162,9 +162,10 @@ class Sampler:
         ids = np.arange(self._allowed_size)
         if 0 < params.top_k < self._allowed_size:
             ids = _top_k(scores, params.top_k)
-        scores = scores[ids]
+            scores = scores[ids]
+        scores -= scores.max()
         with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right answer
-            scores = (scores - scores.max()) / params.temperature
+            scores /= params.temperature
         weights = np.exp(scores)
         if params.top_p < 1:
             kept = _top_p(scores, weights, params.top_p)
@@ -250,10 +251,13 @@ def _top_p(
     floor = max((total - target) / weights.size, math.ulp(0.0))
     edge = np.flatnonzero(weights >= floor)
     while edge.size > _SORTABLE:
-        depth = scores[edge].max() - scores[edge]
+        depth = scores[edge]
+        np.subtract(depth.max(), depth, out=depth)  # in place: fresh megabytes cost page faults
         if depth.max() == 0:
             break
-        buckets = (depth / depth.max() * _NUM_BUCKETS).astype(np.int64)  # 0 holds the largest
+        depth /= depth.max()
+        depth *= _NUM_BUCKETS
+        buckets = depth.astype(np.int64)  # 0 holds the largest
         sums = kept_sum + np.cumsum(np.bincount(buckets, weights=weights[edge]))
         reached = min(int(np.searchsorted(sums, target)), _NUM_BUCKETS)
         if reached > 0:
