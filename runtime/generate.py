@@ -15,7 +15,7 @@ from .backend import Backend, StaticShape
 from .sampling import Sampler, SamplingParams, log_softmax, top_logprobs
 from .tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Completion", "Event", "Request", "Scheduler", "generate", "stream"]
+__all__ = ["Completion", "Event", "Request", "Scheduler", "generate", "next_chunk", "stream"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 LimitPolicy = Literal["stop", "roll"]
@@ -72,6 +72,7 @@ class Completion:
         prefill_s: Time in the backend for this prompt's chunks.
         ttft_s: From submit to the first token, waiting included; None if there was none.
         decode_s: From the first token to the last, other requests' chunks in between included.
+        num_steps: Decode steps in that time, the one that gave the id that ended it included.
     """
 
     prompt_ids: tuple[int, ...]
@@ -83,6 +84,7 @@ class Completion:
     prefill_s: float = 0.0
     ttft_s: float | None = None
     decode_s: float = 0.0
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,7 +267,7 @@ class Scheduler:
 
     def _prefill(self, live: _Live) -> None:
         prompt_ids = live.request.prompt_ids
-        start, end = _next_chunk(len(prompt_ids), live.num_prefilled, self._backend.shape)
+        start, end = next_chunk(len(prompt_ids), live.num_prefilled, self._backend.shape)
         started_s = time.perf_counter()
         logits = self._backend.prefill(self._slots.index(live), prompt_ids[start:end], start)
         live.completion.prefill_s += time.perf_counter() - started_s
@@ -327,6 +329,8 @@ class _Live:
         elapsed_s = time.perf_counter() - self.submitted_s
         if completion.ttft_s is None:
             completion.ttft_s = elapsed_s
+        else:
+            completion.num_steps += 1
         completion.decode_s = elapsed_s - completion.ttft_s
         if token_id in self.end_ids:
             self.finish("stop")
@@ -444,7 +448,7 @@ def stream(scheduler: Scheduler, request: Request) -> Iterator[Event]:
         scheduler.cancel(request_id)
 
 
-def _next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
+def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
     """Cuts the next chunk of a prompt.
 
     With S = 10, P = 4 and a prompt of 9 the chunks are [0, 4), [4, 8) and [6, 9): a third one from

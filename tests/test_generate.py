@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamac.runtime.backend import StaticShape
-from llamac.runtime.generate import Request, Scheduler, _next_chunk, generate, stream
+from llamac.runtime.generate import Request, Scheduler, next_chunk, generate, stream
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
 from llamac.runtime.tokenizer import Tokenizer
 
@@ -258,7 +258,7 @@ def test_chunks_cover_the_prompt_and_stay_in_the_cache(data):
     )
     done = 0
     while done < prompt_len:
-        start, end = _next_chunk(prompt_len, done, shape)
+        start, end = next_chunk(prompt_len, done, shape)
         assert 0 <= start <= done < end <= prompt_len
         chunk_len = min(n for n in lens if n >= end - start)
         assert start + chunk_len <= max_seq_len
@@ -270,7 +270,7 @@ def test_the_documented_chunks():
     shape = StaticShape(
         batch_size=1, max_seq_len=10, prefill_lens=(4,), num_positions=10, vocab_size=1
     )
-    assert [_next_chunk(9, done, shape) for done in (0, 4, 8)] == [(0, 4), (4, 8), (6, 9)]
+    assert [next_chunk(9, done, shape) for done in (0, 4, 8)] == [(0, 4), (4, 8), (6, 9)]
 
 
 def test_the_smallest_chunk_that_fits_takes_the_rest():

@@ -1,0 +1,138 @@
+"""From a checkpoint's name to a backend that is ready to generate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..runtime.backend import BackendUnavailableError
+from ..runtime.language_model import LanguageModel
+from ..runtime.memory import available_bytes, format_bytes
+from ..runtime.tokenizer import load_tokenizer
+from .cache import cache_bytes
+from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
+from .compiled import TorchBackend
+
+__all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend"]
+
+logger = logging.getLogger(__name__)
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A torch backend and where it came from.
+
+    Attributes:
+        backend: Ready to run.
+        checkpoint: What was loaded.
+        load_s: Time to read the weights.
+    """
+
+    backend: TorchBackend
+    checkpoint: Checkpoint
+    load_s: float
+
+
+def load(source: str | Path | None = None, **options: object) -> LanguageModel:
+    """Loads a checkpoint with its tokenizer; the shortest way to text.
+
+    Args:
+        source: Folder, file, or name in the local Hugging Face cache; None is the demo model.
+        options: As for load_backend.
+
+    Returns:
+        The model, ready to generate.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or it has no tokenizer.
+        ValueError: The checkpoint or an option is refused; the message says why.
+        BackendUnavailableError: The machine lacks a device, a compiler or the memory.
+    """
+    tokenizer = load_tokenizer(open_checkpoint(source or DEMO_FOLDER).folder)
+    loaded = load_backend(source, **options)  # type: ignore[arg-type]
+    return LanguageModel(backend=loaded.backend, tokenizer=tokenizer)
+
+
+def load_backend(
+    source: str | Path | None = None,
+    *,
+    compile: bool = True,
+    device: str = "cpu",
+    dtype: str | None = None,
+    batch_size: int = 1,
+    max_seq_len: int | None = None,
+    prefill_len: int | None = None,
+    all_logits: bool = False,
+    announce: Callable[[str], None] = logger.info,
+    progress: Callable[[str], None] = lambda _: None,
+) -> LoadedModel:
+    """Loads a checkpoint into a torch backend.
+
+    Args:
+        source: Folder, file, or name in the local Hugging Face cache; None is the demo model.
+        compile: Whether to compile; False runs eagerly.
+        device: "cpu" or "cuda".
+        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's own.
+        batch_size: B, cache slots.
+        max_seq_len: S; None is max_position_embeddings, at most 2048.
+        prefill_len: P; None is 128, at most S.
+        all_logits: Whether `score` can be called.
+        announce: Told the bytes needed before anything is loaded.
+        progress: Told what is being done.
+
+    Returns:
+        The backend and where it came from.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The checkpoint or an option is refused; the message says why.
+        BackendUnavailableError: The machine lacks the device, a compiler or the memory.
+    """
+    checkpoint = open_checkpoint(source or DEMO_FOLDER)
+    config = checkpoint.config
+    torch_dtype: torch.dtype = getattr(torch, dtype or config.dtype)
+    rows = max_seq_len or min(config.max_position_embeddings, 2048)
+    chunk = min(128, rows) if prefill_len is None else prefill_len
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"no CUDA device found by torch {torch.__version__}; use --device cpu, or install a "
+            "CUDA build of torch and a driver"
+        )
+    needed = {
+        "weights": weight_bytes(checkpoint, torch_dtype),
+        "cache": cache_bytes(config, batch_size, rows, torch_dtype.itemsize),
+    }
+    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
+    announce(f"{text} ({dtype or config.dtype}, batch {batch_size}, max_seq_len {rows})")
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+    if sum(needed.values()) > free:
+        raise BackendUnavailableError(
+            f"{text} do not fit in {format_bytes(free)} of free memory; lower --max-seq-len or "
+            "--batch-size, or choose a 16-bit --dtype"
+        )
+    begin = time.perf_counter()
+    progress("loading weights")
+    model = load_model(
+        checkpoint,
+        dtype=torch_dtype,
+        device=device,
+        num_positions=max(rows, config.max_position_embeddings),
+    )
+    load_s = time.perf_counter() - begin
+    backend = TorchBackend(
+        model,
+        batch_size=batch_size,
+        max_seq_len=rows,
+        prefill_lens=(chunk,),
+        compile=compile,
+        all_logits=all_logits,
+        progress=progress,
+    )
+    return LoadedModel(backend=backend, checkpoint=checkpoint, load_s=load_s)

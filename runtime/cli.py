@@ -1,0 +1,217 @@
+"""The command line: `llamac COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from .backend import BackendUnavailableError
+from .chat import ChatTemplate
+from .commands import (
+    INTERRUPTED,
+    Session,
+    chat,
+    generate_texts,
+    read_prompts,
+    sampling_request,
+    score_text,
+)
+from .options import build_parser
+from .sampling import SamplingParams
+from .tokenizer import load_tokenizer
+
+__all__ = ["main"]
+
+_EXTRAS = {
+    "torch": "torch",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "transformers": "dev",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words after `llamac`; None takes the process's own.
+
+    Returns:
+        0, 1 for a failed verification, 2 for bad input, 130 after Ctrl-C.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    commands = {"generate": _generate, "chat": _chat, "score": _score, "init": _init}
+    try:
+        args = build_parser(commands).parse_args(argv)
+        return args.run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _refuse(f"{error.name} is not installed; pip install 'llamac[{extra}]'")
+    except (ValueError, OSError, BackendUnavailableError) as error:
+        return _refuse(str(error))
+
+
+def _refuse(message: str) -> int:
+    print(f"llamac: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _load(args: argparse.Namespace, *, slots: int = 1, all_logits: bool = False) -> Session:
+    """Loads the torch backend that the options ask for."""
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads is {args.threads}; it must be at least 1")
+
+    from ..model.checkpoint import open_checkpoint
+    from ..model.load import DEMO_FOLDER, load_backend
+
+    source = args.model or DEMO_FOLDER
+    tokenizer = load_tokenizer(open_checkpoint(source).folder)
+
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with _status() as progress:
+        loaded = load_backend(
+            source,
+            compile=args.backend == "compile",
+            device=args.device,
+            dtype=args.dtype,
+            batch_size=slots if args.batch_size is None else args.batch_size,
+            max_seq_len=args.max_seq_len,
+            prefill_len=args.prefill_len,
+            all_logits=all_logits,
+            announce=lambda text: print(text, file=sys.stderr),
+            progress=progress,
+        )
+    startup = loaded.backend.startup
+    return Session(
+        backend=loaded.backend,
+        tokenizer=tokenizer,
+        name=f"torch-{args.backend}/{args.device}",
+        startup={
+            "load_s": loaded.load_s,
+            "compile_s": startup.compile_s if startup.cache_hit is not None else None,
+            "compile_cache_hit": startup.cache_hit,
+            "warmup_s": startup.warmup_s,
+        },
+    )
+
+
+@contextlib.contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal's stderr what is being done; silent in a pipe."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        yield status.update
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows bytes done on a terminal's stderr; silent in a pipe."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, with a prompt on a terminal."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args.prompt, args.prompt_file)
+    make_request = sampling_request(
+        _sampling(args),
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+        stop_ids=tuple(args.stop_id),
+        logprobs=args.logprobs,
+    )
+    make_request((0,))  # refuses bad options before anything is loaded
+    return generate_texts(
+        _load(args, slots=min(len(prompts), 8)),
+        prompts,
+        make_request=make_request,
+        limit_policy=args.limit,
+        eos_ids=() if args.ignore_eos else None,
+        as_json=args.json,
+    )
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from ..model.checkpoint import open_checkpoint
+    from ..model.load import DEMO_FOLDER
+
+    make_request = sampling_request(
+        _sampling(args),
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+        stop_ids=tuple(args.stop_id),
+    )
+    folder = open_checkpoint(args.model or DEMO_FOLDER).folder
+    template = ChatTemplate.load(folder, args.chat_template)
+    return chat(
+        _load(args),
+        template,
+        _lines(),
+        system=args.system,
+        make_request=make_request,
+        limit_policy=args.limit,
+    )
+
+
+def _score(args: argparse.Namespace) -> int:
+    if not args.text_file.is_file():
+        raise FileNotFoundError(f"{args.text_file}: no such file")
+    return score_text(_load(args, all_logits=True), args.text_file, as_json=args.json)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from ..model.random_weights import write_random_checkpoint
+
+    with _progress_bar("writing weights") as progress:
+        write_random_checkpoint(
+            args.preset,
+            args.out,
+            dtype=args.dtype,
+            seed=args.seed,
+            shards=args.shards,
+            num_hidden_layers=args.num_hidden_layers,
+            progress=progress,
+        )
+    return 0

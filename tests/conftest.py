@@ -1,0 +1,36 @@
+"""What several test files share: one tiny config, the tolerances, the reference checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED_CHECKPOINT = Path(__file__).parents[2] / "shared" / "checkpoints" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """The folder of a published checkpoint with reference texts, where it is at hand."""
+    if not SHARED_CHECKPOINT.is_dir():
+        pytest.skip("the stories260K checkpoint is not beside the repository")
+    return SHARED_CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def expected_texts(stories260k: Path) -> list[dict]:
+    return json.loads((stories260k / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps compiled code and engines of the tests out of the user's cache.
+
+    One folder for all runs would be faster, and would hide what a first run does.
+    """
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["XDG_CACHE_HOME"]
