@@ -5,109 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .backend import Backend, StaticShape
-from .sampling import Sampler, SamplingParams, log_softmax, top_logprobs
+from .request import Completion, Event, LiveRequest, Request
+from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["Completion", "Event", "Request", "Scheduler", "generate", "next_chunk", "stream"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
 LimitPolicy = Literal["stop", "roll"]
-TopLogprobs = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One prompt and what to do with it.
-
-    Attributes:
-        prompt_ids: The prompt, BOS included if the model wants one.
-        max_new_tokens: How many tokens are sampled at most, the id that ends it included.
-        sampling: Filters and seed.
-        sample_index: Numbers the samples of one prompt with one seed; each is its own request.
-        stop: Texts that end the continuation; they aren't part of it.
-        stop_ids: Ids that end the continuation, besides the scheduler's eos_ids.
-        logprobs: None is off; n gives each token's log-probability and its n best alternatives.
-
-    Raises:
-        ValueError: The prompt or a stop text is empty, or a number is out of its range.
-    """
-
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int = 256
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sample_index: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise ValueError("prompt_ids is empty; give at least one id, such as BOS")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop is {self.stop!r}; give a tuple of texts, none empty")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs is {self.logprobs}; it must be None (off) or 0 and above")
-
-
-@dataclass(slots=True, kw_only=True)
-class Completion:
-    """What became of a request; it grows until finish_reason is set.
-
-    Attributes:
-        prompt_ids: The request's prompt.
-        ids: The continuation, without the id that ended it. A stop text's tokens are in it.
-        text: The continuation up to a stop text; "" without a tokenizer.
-        finish_reason: "stop" (an id or a text), "length" (a limit) or "cancelled".
-        logprobs: Log-probability of each of ids under the raw logits, if asked for.
-        top_logprobs: The best alternatives for each of ids, as (id, logprob), if asked for.
-        prefill_s: Time in the backend for this prompt's chunks.
-        ttft_s: From submit to the first token, waiting included; None if there was none.
-        decode_s: From the first token to the last, other requests' chunks in between included.
-        num_steps: Decode steps in that time, the one that gave the id that ended it included.
-    """
-
-    prompt_ids: tuple[int, ...]
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    logprobs: list[float] | None = None
-    top_logprobs: list[TopLogprobs] | None = None
-    prefill_s: float = 0.0
-    ttft_s: float | None = None
-    decode_s: float = 0.0
-    num_steps: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """A token, the end of a request, or both; every request ends with exactly one last event.
-
-    Attributes:
-        request_id: Whose event this is.
-        token_id: The next of the completion's ids; None where a request ends without one.
-        text: Text that can be shown now; "" while a character or a stop text is incomplete.
-        logprob: The token's log-probability, if asked for.
-        top_logprobs: The best alternatives in the token's place, if asked for.
-        finish_reason: Why the request ended; None before the last event.
-        completion: The whole result in the last event, None before.
-    """
-
-    request_id: int
-    token_id: int | None
-    text: str
-    logprob: float | None = None
-    top_logprobs: TopLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    completion: Completion | None = None
 
 
 class Scheduler:
@@ -149,8 +58,8 @@ class Scheduler:
             self._allowed_size = min(tokenizer.vocab_size, shape.vocab_size)
             eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
         self._eos_ids = eos_ids or ()
-        self._slots: list[_Live | None] = [None] * shape.batch_size
-        self._queue: list[_Live] = []
+        self._slots: list[LiveRequest | None] = [None] * shape.batch_size
+        self._queue: list[LiveRequest] = []
         self._events: deque[Event] = deque()
         self._num_submitted = 0
         self._decode_next = False
@@ -187,7 +96,7 @@ class Scheduler:
             )
         if request.stop and self._tokenizer is None:
             raise ValueError("stop texts need a tokenizer; give one, or use stop_ids")
-        live = _Live(
+        live = LiveRequest(
             request_id=self._num_submitted,
             request=request,
             sampler=Sampler(
@@ -254,7 +163,7 @@ class Scheduler:
                 return True
         return False
 
-    def _requests(self) -> list[_Live]:
+    def _requests(self) -> list[LiveRequest]:
         return [live for live in (*self._slots, *self._queue) if live is not None]
 
     def _assign_slots(self) -> None:
@@ -265,7 +174,7 @@ class Scheduler:
                 self._slots[slot] = waiting.pop(0) if waiting else None
         self._queue = waiting
 
-    def _prefill(self, live: _Live) -> None:
+    def _prefill(self, live: LiveRequest) -> None:
         prompt_ids = live.request.prompt_ids
         start, end = next_chunk(len(prompt_ids), live.num_prefilled, self._backend.shape)
         started_s = time.perf_counter()
@@ -289,96 +198,6 @@ class Scheduler:
         for slot, live in enumerate(self._slots):
             if live is not None and live.decoding:
                 live.take(logits[slot])
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Live:
-    """A request's whole state."""
-
-    request_id: int
-    request: Request
-    sampler: Sampler
-    decoder: StreamDecoder | None
-    inbox: deque[Event]
-    end_ids: set[int]
-    end: int  # the first position that no token can be fed at; one can be sampled for it
-    allowed_size: int  # ids from here on aren't the tokenizer's
-    completion: Completion
-    submitted_s: float
-    num_prefilled: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.completion.finish_reason is not None
-
-    @property
-    def decoding(self) -> bool:
-        return bool(self.completion.ids)
-
-    @property
-    def next_position(self) -> int:
-        """Where the next id is fed: the newest token's position, or the prompt's next one."""
-        num_new = len(self.completion.ids)
-        return len(self.request.prompt_ids) + num_new - 1 if num_new else self.num_prefilled
-
-    def take(self, logits: NDArray[np.float32]) -> None:
-        """Samples a token from [V] logits and sends its event, which may be the last."""
-        request, completion = self.request, self.completion
-        position = len(request.prompt_ids) + len(completion.ids)
-        token_id = self.sampler.sample(logits, position)
-        elapsed_s = time.perf_counter() - self.submitted_s
-        if completion.ttft_s is None:
-            completion.ttft_s = elapsed_s
-        else:
-            completion.num_steps += 1
-        completion.decode_s = elapsed_s - completion.ttft_s
-        if token_id in self.end_ids:
-            self.finish("stop")
-            return
-        logprob, alternatives = None, None
-        if completion.logprobs is not None and completion.top_logprobs is not None:
-            logprobs = log_softmax(logits)
-            logprob = float(logprobs[token_id])
-            alternatives = top_logprobs(logprobs[: self.allowed_size], request.logprobs or 0)
-            completion.logprobs.append(logprob)
-            completion.top_logprobs.append(alternatives)
-        completion.ids.append(token_id)
-        text = self.decoder.push(token_id) if self.decoder else ""
-        reason = None
-        if self.decoder and self.decoder.stopped:
-            reason = "stop"
-        elif len(completion.ids) == request.max_new_tokens or position >= self.end:
-            reason = "length"
-        self._send(token_id, text, reason, logprob=logprob, top_logprobs=alternatives)
-
-    def finish(self, reason: FinishReason) -> None:
-        """Sends the last event, without a token."""
-        self._send(None, "", reason)
-
-    def _send(
-        self,
-        token_id: int | None,
-        text: str,
-        reason: FinishReason | None,
-        *,
-        logprob: float | None = None,
-        top_logprobs: TopLogprobs | None = None,
-    ) -> None:
-        if reason and self.decoder and not self.decoder.stopped:
-            text += self.decoder.flush()  # what was held back for a stop text that never came
-        self.completion.text += text
-        self.completion.finish_reason = reason
-        self.inbox.append(
-            Event(
-                request_id=self.request_id,
-                token_id=token_id,
-                text=text,
-                logprob=logprob,
-                top_logprobs=top_logprobs,
-                finish_reason=reason,
-                completion=self.completion if reason else None,
-            )
-        )
 
 
 def generate(
