@@ -34,3 +34,9 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["XDG_CACHE_HOME"]
+
+
+# Absolute and relative bounds on logits that two computations of the same model may differ by.
+# float32: sums of a few hundred products in another order. 16-bit: one rounding step of values
+# near the largest logit.
+TOLERANCE = {"float32": (1e-4, 1e-5), "bfloat16": (2e-2, 2e-2), "float16": (3e-3, 3e-3)}
