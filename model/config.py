@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPES", "LlamaConfig", "RopeScaling", "read_json"]
+from ..runtime.json_file import read_json
+
+__all__ = ["DTYPES", "LlamaConfig", "RopeScaling"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,12 @@ class RopeScaling:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("rope_type", "truncate") and value is not None:
+                _check_number(f"rope {field.name}", value)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
@@ -175,6 +183,11 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; it must be even")
+        _check_number("rms_norm_eps", self.rms_norm_eps)
+        _check_number("rope_theta", self.rope_theta)
+        ids = (self.bos_token_id, *self.eos_token_ids)
+        if any(type(token_id) is not int for token_id in ids if token_id is not None):
+            raise ValueError(f"config: special ids are {ids}; they must be integers")
         if self.dtype not in DTYPES:
             raise ValueError(f"config: dtype is {self.dtype!r}; it must be one of {DTYPES}")
 
@@ -238,7 +251,8 @@ class LlamaConfig:
         dtype = str(get("dtype", get("torch_dtype", "float32"))).removeprefix("torch.")
         num_heads = data["num_attention_heads"]
         head_dim = data.get("head_dim")
-        if head_dim is None and isinstance(num_heads, int) and num_heads > 0:
+        sizes_are_int = isinstance(data["hidden_size"], int) and isinstance(num_heads, int)
+        if head_dim is None and sizes_are_int and num_heads > 0:
             if data["hidden_size"] % num_heads:
                 raise ValueError(
                     f"config: hidden_size is {data['hidden_size']}; without head_dim it must be a "
@@ -250,7 +264,7 @@ class LlamaConfig:
             num_key_value_heads=get("num_key_value_heads", num_heads),
             head_dim=get("head_dim", head_dim),
             max_position_embeddings=get("max_position_embeddings", 2048),
-            rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=get("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             attention_bias=bool(get("attention_bias", False)),
@@ -282,41 +296,26 @@ class LlamaConfig:
         }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, naming the file in what goes wrong.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file does not hold one JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}, not an object")
-    return data
+def _check_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config: {name} is {value!r}; it must be a positive number")
 
 
 def _read_rope(data: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
-    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
-    theta = float(rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0)
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(data.get(key), dict | None):
+            raise ValueError(f"config: {key} is {data[key]!r}; it must be an object")
+        rope |= data.get(key) or {}
+    theta = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise ValueError("config: partial_rotary_factor is set; only 1.0 is supported")
     if rope_type == "default":
         return theta, None
-    if rope_type not in _ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
         raise ValueError(
             f"config: rope type is {rope_type!r}; supported are default, {', '.join(_ROPE_KEYS)}"
         )

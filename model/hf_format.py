@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .config import DTYPES, LlamaConfig, read_json
+from ..runtime.json_file import read_json
+from .config import DTYPES, LlamaConfig
 from .stored import Checkpoint, Piece, build_checkpoint
 from .tensor_files import TensorFile, open_safetensors, open_torch_file
 

@@ -13,7 +13,7 @@ import torch
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.language_model import LanguageModel
 from ..runtime.memory import available_bytes, format_bytes
-from ..runtime.tokenizer import load_tokenizer
+from ..runtime.tokenizer_files import load_tokenizer
 from .cache import cache_bytes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
 from .compiled import TorchBackend

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import LlamaConfig, RopeScaling, read_json
+from ..runtime.json_file import read_json
+from .config import LlamaConfig, RopeScaling
 from .stored import Checkpoint, Piece, build_checkpoint
 from .tensor_files import TensorFile, open_torch_file
 

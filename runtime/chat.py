@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .tokenizer import load_tokenizer, read_json, special_texts
+from .json_file import read_json
+from .tokenizer_files import load_tokenizer, special_texts
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -118,7 +119,7 @@ class ChatTemplate:
 def _find_template(folder: Path) -> str:
     if (folder / "chat_template.jinja").is_file():
         return _read_template(folder / "chat_template.jinja")
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
+    found = read_json(folder / "tokenizer_config.json", optional=True).get("chat_template")
     if isinstance(found, list):
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")

@@ -21,7 +21,7 @@ from .commands import (
 )
 from .options import build_parser
 from .sampling import SamplingParams
-from .tokenizer import load_tokenizer
+from .tokenizer_files import load_tokenizer
 
 __all__ = ["main"]
 

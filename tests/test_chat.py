@@ -3,8 +3,9 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llamac.runtime.chat import ChatTemplate
-from llamac.runtime.tokenizer import load_tokenizer
+from llamac.runtime.tokenizer_files import load_tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
 MARKS = [BOS, EOS, "<|start_header_id|>", "<|end_header_id|>"]

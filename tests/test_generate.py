@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llamac.runtime.backend import StaticShape
-from llamac.runtime.generate import Request, Scheduler, next_chunk, generate, stream
+from llamac.runtime.generate import Request, Scheduler, generate, next_chunk, stream
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
 from llamac.runtime.tokenizer import Tokenizer
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from llamac.model import KVCache, Llama, TorchBackend
 from llamac.model.llama import TorchAttention, rotate
-from torch import Tensor
 from variants import VARIANTS, our_model, reference_model
 
 NUM_TOKENS = 64

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from llamac.model.config import LlamaConfig
 from llamac.model.tables import causal_mask, rope_tables
 from variants import SIZES, VARIANTS, reference_model
