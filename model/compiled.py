@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.cache_folder import cache_folder
@@ -248,13 +249,15 @@ def compiler_problem() -> str | None:
 
 @contextlib.contextmanager
 def _compile_cache() -> Iterator[None]:
-    """Keeps compiled graphs in the user's cache folder unless the environment names another."""
+    """Keeps compiled graphs in the user's cache folder unless the environment names another.
+
+    Importing Inductor sets the variable to its own default, a folder in /tmp.
+    """
     name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(cache_folder("inductor"))
+    before = os.environ.get(name, default_cache_dir())
+    if before == default_cache_dir():
+        os.environ[name] = str(cache_folder("inductor"))
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ[name] = before

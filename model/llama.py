@@ -158,14 +158,14 @@ class Llama(nn.Module):
         batch_size, num_tokens = input_ids.shape
         shared = attention.prepare(positions, write_indices, num_tokens, cache.k[0].shape[2])
         tokens = positions[:, None] + torch.arange(num_tokens, device=positions.device)
-        cos, sin = self.cos[tokens], self.sin[tokens]  # [B, T, D/2]
+        cos, sin = F.embedding(tokens, self.cos), F.embedding(tokens, self.sin)  # [B, T, D/2]
 
         hidden = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B*T, E]
         for layer, k_cache, v_cache in zip(self.model.layers, cache.k, cache.v, strict=True):
             hidden = call_layer(layer, attention, hidden, k_cache, v_cache, cos, sin, *shared)
 
         starts = torch.arange(batch_size, device=positions.device)[:, None] * num_tokens
-        hidden = hidden[(starts + logit_indices).flatten()]  # [B*N, E]
+        hidden = hidden.index_select(0, (starts + logit_indices).flatten())  # [B*N, E]
         logits = self.lm_head(self.model.norm(hidden))
         return logits.float().view(batch_size, -1, logits.shape[-1])
 

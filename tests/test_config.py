@@ -10,7 +10,6 @@ import transformers
 
 from llamac.model.config import LlamaConfig, RopeScaling
 from llamac.model.presets import num_parameters, preset_config, preset_names
-from llamac.runtime.json_file import read_json
 
 SIZES = {
     "model_type": "llama",

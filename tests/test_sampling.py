@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llamac.runtime.sampling import Sampler, SamplingParams, _uniform, log_softmax, top_logprobs
 
 VOCAB_SIZE = 1000

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from llamac.model.config import LlamaConfig
-from llamac.model.llama import Llama
 from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
+
+from llamac.model.config import LlamaConfig
+from llamac.model.llama import Llama
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,

@@ -1,0 +1,209 @@
+"""The compiled path: equal to eager, one graph, never recompiled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llamac.model import TorchBackend
+from llamac.model.compiled import compiler_problem
+from llamac.runtime.backend import BackendUnavailableError
+from llamac.runtime.generate import Request, Scheduler, generate
+from llamac.runtime.sampling import SamplingParams
+from variants import our_model
+
+ROWS, CHUNK = 30, 8  # S is no multiple of P
+
+
+@pytest.fixture(scope="module")
+def backends() -> tuple[TorchBackend, TorchBackend]:
+    """Compiled and eager, 4 slots each."""
+    model = our_model("llama-3.1", num_positions=1024)
+    compiled, eager = (
+        TorchBackend(model, batch_size=4, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=compile)
+        for compile in (True, False)
+    )
+    return compiled, eager
+
+
+@pytest.fixture(scope="module")
+def single() -> TorchBackend:
+    """Compiled, one slot: the matrix-vector form of Linear."""
+    model = our_model("biases", num_positions=1024)
+    return TorchBackend(model, max_seq_len=ROWS, prefill_lens=(CHUNK,))
+
+
+def test_compiled_logits_equal_eager(backends: tuple[TorchBackend, TorchBackend]):
+    compiled, eager = backends
+    for start in (0, 8, 16, ROWS - CHUNK):
+        ids = list(range(start, start + CHUNK))
+        np.testing.assert_allclose(
+            compiled.prefill(2, ids, start), eager.prefill(2, ids, start), rtol=1e-4, atol=1e-5
+        )
+    ids, positions = np.array([1, 2, 3, 4]), np.array([0, 5, ROWS - 1, ROWS + 7])
+    np.testing.assert_allclose(
+        compiled.decode(ids, positions), eager.decode(ids, positions), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_single_row_logits_equal_eager(single: TorchBackend):
+    model = our_model("biases", num_positions=1024)
+    eager = TorchBackend(model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=False)
+    for backend in (single, eager):
+        backend.prefill(0, [4, 5, 6], 0)
+    for position in (3, 4, ROWS - 1):
+        ids, positions = np.array([position]), np.array([position])
+        np.testing.assert_allclose(
+            single.decode(ids, positions), eager.decode(ids, positions), rtol=1e-4, atol=1e-5
+        )
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(int(word) % 101 for word in np.random.Philox(seed).random_raw(length))
+
+
+def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
+    before = dict(counters["stats"])
+    for length in (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, ROWS - 1, ROWS):
+        for _ in range(2):
+            (done,) = generate(single, None, [Request(prompt_ids=prompt(length))])
+            assert done.finish_reason == "length"
+            assert len(done.ids) == ROWS + 1 - length
+    rolled = Request(prompt_ids=prompt(3), max_new_tokens=301)
+    (done,) = generate(single, None, [rolled], limit_policy="roll")
+    assert len(done.ids) == 301  # the window rolled many times
+    assert dict(counters["stats"]) == before
+    assert not counters["graph_break"]
+
+
+def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
+    with pytest.raises(RuntimeError, match="fail_on_recompile"):
+        single._call(
+            single._decode,
+            torch.zeros((1, 2), dtype=torch.int64),
+            *(torch.zeros(1, dtype=torch.int64) for _ in range(2)),
+            torch.zeros((1, 1), dtype=torch.int64),
+            single.cache,
+        )
+
+
+def test_a_reallocated_cache_is_an_error():
+    model = our_model("llama-2-gqa")
+    backend = TorchBackend(model, max_seq_len=16, prefill_lens=(4,))
+    backend.cache = type(backend.cache)(
+        tuple(k.clone() for k in backend.cache.k), tuple(v.clone() for v in backend.cache.v)
+    )
+    with pytest.raises(RuntimeError, match="reallocated"):
+        backend.decode(np.array([1]), np.array([0]))
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(seed=7)])
+def test_four_prompts_in_one_batch_give_the_ids_they_give_alone(
+    backends: tuple[TorchBackend, TorchBackend], sampling: SamplingParams
+):
+    requests = [
+        Request(prompt_ids=prompt(length, seed=length), max_new_tokens=12, sampling=sampling)
+        for length in (1, 5, 9, 17)
+    ]
+    for backend in backends:
+        alone = [generate(backend, None, [request])[0].ids for request in requests]
+        together = [done.ids for done in generate(backend, None, requests)]
+        assert together == alone
+
+
+def test_a_decode_between_two_prefill_chunks_changes_neither(
+    backends: tuple[TorchBackend, TorchBackend],
+):
+    first = Request(prompt_ids=prompt(4, seed=1), max_new_tokens=20)
+    second = Request(prompt_ids=prompt(20, seed=2), max_new_tokens=8)
+    for backend in backends:
+        alone = [generate(backend, None, [request])[0].ids for request in (first, second)]
+        scheduler = Scheduler(backend, None)
+        scheduler.submit(first)
+        scheduler.step()
+        scheduler.submit(second)  # its three chunks alternate with decodes of the first
+        done = {}
+        while not scheduler.idle:
+            for event in scheduler.step():
+                if event.completion is not None:
+                    done[event.request_id] = event.completion.ids
+        assert [done[0], done[1]] == alone
+
+
+def test_rolled_compiled_equals_eager_for_three_windows(
+    backends: tuple[TorchBackend, TorchBackend],
+):
+    request = Request(
+        prompt_ids=prompt(10), max_new_tokens=3 * ROWS, sampling=SamplingParams(temperature=0.0)
+    )
+    compiled, eager = (
+        generate(backend, None, [request], limit_policy="roll")[0].ids for backend in backends
+    )
+    assert compiled == eager
+    assert len(eager) == 3 * ROWS
+
+
+def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
+    code = (
+        "import json, torch; from llamac.model import *; torch.manual_seed(0)\n"
+        "config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,"
+        " num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)\n"
+        "model = Llama(config, num_positions=64).requires_grad_(False)\n"
+        "backend = TorchBackend(model, max_seq_len=32, prefill_lens=(8,))\n"
+        "print(json.dumps(backend.startup.cache_hit))\n"
+    )
+    hits = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        hits.append(json.loads(done.stdout))
+    assert hits == [False, True]
+    assert (tmp_path / ".cache/llamac/inductor").stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_compiler_one_line_names_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++" in (compiler_problem() or "")
+    with pytest.raises(BackendUnavailableError, match="--backend eager"):
+        TorchBackend(our_model("llama-1"), max_seq_len=16, prefill_lens=(4,))
+
+
+@pytest.mark.slow
+def test_unrolled_layers_equal_the_shared_region():
+    model = our_model("llama-2-gqa")
+    logits = [
+        TorchBackend(model, max_seq_len=16, prefill_lens=(4,), unroll_layers=unroll).prefill(
+            0, [1, 2, 3], 0
+        )
+        for unroll in (False, True)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
+    request = Request(
+        prompt_ids=prompt(10), max_new_tokens=3 * ROWS, sampling=SamplingParams(temperature=0.0)
+    )
+    results = []
+    for device in ("cpu", "cuda"):
+        model = our_model("llama-3.1", num_positions=1024).to(device)
+        backend = TorchBackend(
+            model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=device == "cuda"
+        )
+        assert (backend._graph is not None) == (device == "cuda")
+        results.append(generate(backend, None, [request], limit_policy="roll")[0].ids)
+    assert results[0] == results[1]
