@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 __all__ = ["Linear"]
 
+_CASCADE = 4096
+
 
 class Linear(nn.Module):
     """x @ weight.T + bias, with HF's [out, in] weight.
@@ -41,6 +43,27 @@ class Linear(nn.Module):
         """
         one_row = x.shape[0] == 1 and x.device.type == "cpu"
         if one_row and torch.compiler.is_dynamo_compiling():
-            out = (self.weight * x).sum(dim=-1)[None]
+            out = _matrix_vector(self.weight, x)[None]
             return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)
+
+
+def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
+    """The product as a sum that Inductor turns into a loop over the weight's rows.
+
+    Args:
+        weight: [N, K].
+        x: [1, K].
+
+    Returns:
+        [N].
+    """
+    num_rows, width = weight.shape
+    # as_strided makes Inductor store x: it would recompute the norm or SiLU before it for each row.
+    x = torch.as_strided(x, (width,), (1,))
+    # Sums of more than 4096 elements are cascaded, a third slower.
+    chunks = next((n for n in range(-(-width // _CASCADE), 17) if width % n == 0), 1)
+    if chunks == 1:
+        return (weight * x).sum(dim=-1)
+    parts = weight.view(num_rows, chunks, -1) * x.view(chunks, -1)
+    return parts.sum(dim=-1, dtype=torch.float32).sum(dim=-1).to(weight.dtype)
