@@ -1,1 +1,6 @@
-"""Placeholder docstring."""
+"""Llama to a bundle of static-shape ONNX graphs."""
+
+from .bundle import export_bundle
+from .graphs import TARGETS
+
+__all__ = ["TARGETS", "export_bundle"]

@@ -1,0 +1,288 @@
+"""Writes a bundle: graphs, the weights they point into, and the manifest that binds them.
+
+A folder is built beside its final place and renamed there when it is complete. An export that was
+killed leaves `.NAME.partial`, which opening refuses and the next export to NAME replaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from ..model.checkpoint import Checkpoint
+from ..model.config import DTYPES, LlamaConfig
+from ..runtime.backend import StaticShape
+from ..runtime.manifest import (
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+    GraphFile,
+    Manifest,
+    ModelSizes,
+    WeightFile,
+    hash_file,
+    open_bundle,
+)
+from .graphs import TARGETS, GraphSpec, save_graph, trace_graph
+from .weights import WeightPlan, plan_weights, write_rope_tables, write_weights
+
+__all__ = ["export_bundle"]
+
+_ROPE_NAME = "rope.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"
+
+# What a tokenizer and a chat template are read from.
+_TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    targets: Sequence[str] = ("cpu",),
+    batch_size: int = 1,
+    prefill_len: int | None = None,
+    max_seq_len: int | None = None,
+    dtype: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Exports prefill and decode graphs with their weights into one folder.
+
+    Args:
+        checkpoint: What is exported; its safetensors files are hard linked where they serve.
+        out: The bundle: a new name, or an empty folder.
+        targets: Of the graphs, each one of graphs.TARGETS.
+        batch_size: B, cache slots.
+        prefill_len: P; None is 128, at most S.
+        max_seq_len: S; None is max_position_embeddings, at most 2048.
+        dtype: Of the `tensorrt` and `cuda` graphs; None keeps the checkpoint's. `cpu` is float32.
+        progress: Told what is being done.
+
+    Returns:
+        The manifest of the finished bundle.
+
+    Raises:
+        ValueError: An argument is out of range, `out` is in use, a weight does not fit the dtype,
+            or the disk is too small; nothing is left behind.
+    """
+    config = checkpoint.config
+    rows = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
+    shape = StaticShape(
+        batch_size=batch_size,
+        max_seq_len=rows,
+        prefill_lens=(min(128, rows) if prefill_len is None else prefill_len,),
+        num_positions=max(rows, config.max_position_embeddings),
+        vocab_size=config.vocab_size,
+    )
+    dtypes = _target_dtypes(config, targets, dtype)
+    with _new_folder(Path(out)) as folder:
+        plans = plan_weights(checkpoint, tuple(dict.fromkeys(dtypes.values())))
+        for plan in plans:
+            write_weights(checkpoint, plan, folder, progress)
+        rope = write_rope_tables(config, shape.num_positions, folder / _ROPE_NAME)
+        weights = (*(plan.content for plan in plans), rope)
+        graphs: list[GraphFile] = []
+        for graph in _graph_files(shape, dtypes):
+            progress(f"exporting {graph.target} {graph.role} of {graph.batch} x {graph.tokens}")
+            graphs.append(_write_graph(config, graph, shape.num_positions, weights, folder))
+        _copy_side_files(checkpoint, plans, folder)
+        progress("hashing")
+        manifest = Manifest(
+            folder=Path(out),
+            digest="",
+            shape=shape,
+            model=ModelSizes(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+            ),
+            dtype=config.dtype,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+            source={"name": checkpoint.folder.resolve().name},
+            versions=_versions(),
+            graphs=tuple(graphs),
+            weights=weights,
+            files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return open_bundle(out)
+
+
+def _target_dtypes(
+    config: LlamaConfig, targets: Sequence[str], dtype: str | None
+) -> dict[str, str]:
+    """Target to the dtype of its graphs."""
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}")
+    if not targets or len(set(targets)) != len(targets):
+        raise ValueError(f"targets are {list(targets)}; name at least one, each once")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if dtype not in (None, "float32") and set(targets) == {"cpu"}:
+        raise ValueError(
+            f"dtype is {dtype!r}; cpu graphs are always float32; leave --dtype out, or add "
+            "--target cuda or tensorrt"
+        )
+    return {t: "float32" if t == "cpu" else dtype or config.dtype for t in targets}
+
+
+def _graph_files(shape: StaticShape, dtypes: dict[str, str]) -> Iterator[GraphFile]:
+    for target, dtype in dtypes.items():
+        for role, batch, tokens in (
+            *(("prefill", 1, length) for length in shape.prefill_lens),
+            ("decode", shape.batch_size, 1),
+        ):
+            name = f"{target}-{role}-{tokens}" if role == "prefill" else f"{target}-{role}"
+            yield GraphFile(
+                role=role,
+                target=target,
+                file=f"{name}.onnx",
+                batch=batch,
+                tokens=tokens,
+                rows=shape.max_seq_len,
+                logits=1,
+                dtype=dtype,
+                ops={},
+            )
+
+
+def _write_graph(
+    config: LlamaConfig,
+    graph: GraphFile,
+    num_positions: int,
+    weights: Sequence[WeightFile],
+    folder: Path,
+) -> GraphFile:
+    """Returns the graph with its operators counted."""
+    spec = GraphSpec(
+        target=graph.target,
+        dtype=graph.dtype,
+        batch=graph.batch,
+        tokens=graph.tokens,
+        rows=graph.rows,
+        logits=graph.logits,
+        num_positions=num_positions,
+    )
+    used = [file for file in weights if file.dtype == graph.dtype or file.file == _ROPE_NAME]
+    model = trace_graph(config, spec)
+    save_graph(model, folder / graph.file, used)
+    # The checker reads no weights but refuses hard links, so it gets empty files of their size.
+    with TemporaryDirectory(dir=folder) as scratch:
+        for file in used:
+            with (Path(scratch) / file.file).open("wb") as stream:
+                stream.truncate((folder / file.file).stat().st_size)
+        copy = shutil.copyfile(folder / graph.file, Path(scratch) / graph.file)
+        onnx.checker.check_model(str(copy), full_check=True)
+    ops = Counter(node.op_type for node in model.graph)
+    return replace(graph, ops=dict(sorted(ops.items())))
+
+
+def _copy_side_files(checkpoint: Checkpoint, plans: Sequence[WeightPlan], folder: Path) -> None:
+    """Config, tokenizer, and the index that makes linked shards a checkpoint of their own."""
+    _write_json(folder / "config.json", checkpoint.config.to_dict())
+    for name in _TOKENIZER_NAMES:
+        source = checkpoint.folder / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    shards = [plan.content for plan in plans if plan.source is not None]
+    if len(shards) > 1:
+        weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+        _write_json(folder / _INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, data: dict[str, object]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    names = ("llamac", "torch", "onnx", "onnxscript", "onnx-ir")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, renamed to it when the block ends well and removed when it doesn't."""
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out) and not (
+        out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    ):
+        raise ValueError(f"{out}: already there; remove it or name a new folder")
+    if not out.name:
+        raise ValueError(f"{out}: not a name for a bundle; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}{PARTIAL_SUFFIX}"
+    with _locked_folder(partial):
+        _empty(partial)  # what a killed export left
+        try:
+            yield partial
+            _flush(partial)
+            partial.rename(out)  # fails if anything has appeared there
+            _flush_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[None]:
+    """Makes the folder this process's alone; the system releases the lock of a killed process."""
+    path.mkdir(exist_ok=True)
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that held it may just have renamed it into place.
+        if not (path.exists() and os.path.samestat(os.fstat(handle), path.stat())):
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{path}: another export is writing it; wait for it to end") from None
+    finally:
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _flush(folder: Path) -> None:
+    """Onto the disk before the rename, so that a power cut leaves no complete-looking bundle."""
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""RoPE, cache write and attention of a layer as ONNX operators: the export's side of the seam.
+
+Each form is an `Attention` (see llamac.model.llama) that emits operators where the torch form
+computes, and keeps the caches it wrote, because in a graph they are outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model.llama import Attention
+from ..model.tables import causal_mask
+
+__all__ = ["ExportAttention", "GroupQueryAttention", "StandardAttention"]
+
+
+class ExportAttention(Attention):
+    """An attention that records what it writes.
+
+    Attributes:
+        written: Per layer the K and V cache after the write, [B, K, S, D], in the order of layers.
+    """
+
+    def __init__(self) -> None:
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+
+class StandardAttention(ExportAttention):
+    """Operators of opset 24 alone, in the form that TensorRT takes.
+
+    TensorScatter with a cache that is a graph input and a graph output is TensorRT's in-place
+    write. Attention has an explicit bool mask and one output: TensorRT ignores nonpad_kv_seqlen,
+    and its causal alignment is unspecified where S > T.
+    """
+
+    def prepare(
+        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
+    ) -> tuple[Tensor, ...]:
+        """Returns the mask [B, 1, T, S] bool and write_indices."""
+        return causal_mask(positions, num_tokens, max_seq_len), write_indices
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *shared: Tensor,
+    ) -> Tensor:
+        """See Attention."""
+        mask, write_indices = shared
+        k_cache = _scatter(k_cache, _rotate(k.transpose(1, 2), cos, sin), write_indices)
+        v_cache = _scatter(v_cache, v.transpose(1, 2), write_indices)
+        self.written.append((k_cache, v_cache))
+        # TensorRT's parser scales q and k by a rounded 1 / D**0.25 each, over the whole cache.
+        scale = q.shape[-1] ** -0.5
+        q = _rotate(q.transpose(1, 2), cos, sin, scale=scale)  # [B, H, T, D]
+        out = torch.onnx.ops.symbolic(
+            "Attention",
+            (q, k_cache, v_cache, mask),
+            {"scale": 1.0, "softmax_precision": 1},  # 1: float32; the default is q's type
+            dtype=q.dtype,
+            shape=q.shape,
+            version=24,
+        )
+        return out.transpose(1, 2)
+
+
+class GroupQueryAttention(ExportAttention):
+    """ONNX Runtime's operator, whose cost follows the live length instead of S.
+
+    It appends at its own index: the row count before the write is write_indices, and the token's
+    causal mask is over rows. RoPE stays outside, in float32 and at the absolute position.
+    """
+
+    def prepare(
+        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
+    ) -> tuple[Tensor, ...]:
+        """Returns seqlens_k [B] int32 (rows after the write - 1), and S as an int32 scalar.
+
+        The operator calls the scalar total_sequence_length; a constant S is exact, and captured
+        CUDA graphs need it constant.
+        """
+        seqlens = (write_indices + (num_tokens - 1)).to(torch.int32)
+        return seqlens, torch.full((), max_seq_len, dtype=torch.int32)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *shared: Tensor,
+    ) -> Tensor:
+        """See Attention."""
+        seqlens, total = shared
+        num_heads, num_kv_heads = q.shape[2], k.shape[2]
+        query = _rotate(q.flatten(2), cos, sin, num_heads=num_heads)  # [B, T, H*D]
+        key = _rotate(k.flatten(2), cos, sin, num_heads=num_kv_heads)
+        out, k_cache, v_cache = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (query, key, v.flatten(2), k_cache, v_cache, seqlens, total),
+            {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": 0},
+            dtypes=(q.dtype, k_cache.dtype, v_cache.dtype),
+            shapes=(query.shape, k_cache.shape, v_cache.shape),
+            version=1,
+        )
+        self.written.append((k_cache, v_cache))
+        return out.view(q.shape)
+
+
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int = 0, scale: float = 1.0
+) -> Tensor:
+    """RotaryEmbedding, which wants one type, in float32; num_heads is for a 3-D x."""
+    out = torch.onnx.ops.rotary_embedding(x.float(), cos, sin, num_heads=num_heads)
+    return (out if scale == 1.0 else out * scale).to(x.dtype)
+
+
+def _scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """Cache [B, K, S, D] with update [B, K, T, D] in rows write_indices to write_indices + T."""
+    return torch.onnx.ops.symbolic(
+        "TensorScatter",
+        (cache, update, write_indices),
+        {"axis": -2},
+        dtype=cache.dtype,
+        shape=cache.shape,
+        version=24,
+    )
