@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import LlamaConfig
 from .linear import Linear
+from .live_attention import attend_live
 from .tables import causal_mask, rope_tables
 
 __all__ = ["Attention", "Llama", "TorchAttention"]
@@ -75,9 +76,9 @@ class TorchAttention(nn.Module):
     def prepare(
         self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
     ) -> tuple[Tensor, ...]:
-        """Returns the mask [B, 1, T, S] bool and the cache rows written, [B, T] int64."""
+        """Returns the mask [B, 1, T, S] bool, the rows written [B, T] int64, and positions."""
         rows = write_indices[:, None] + torch.arange(num_tokens, device=positions.device)
-        return causal_mask(positions, num_tokens, max_seq_len), rows
+        return causal_mask(positions, num_tokens, max_seq_len), rows, positions
 
     def forward(
         self,
@@ -91,12 +92,14 @@ class TorchAttention(nn.Module):
         *shared: Tensor,
     ) -> Tensor:
         """See Attention."""
-        mask, rows = shared
+        mask, rows, positions = shared
         q = rotate(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
         k = rotate(k, cos, sin).transpose(1, 2)  # [B, K, T, D]
         index = rows[:, None, :, None].expand_as(k)
         k_cache.scatter_(2, index, k)
         v_cache.scatter_(2, index, v.transpose(1, 2))
+        if q.device.type == "cpu":
+            return attend_live(q, k_cache, v_cache, positions, mask)
         if q.shape[2] == 1:
             return _attend_one(q, k_cache, v_cache, mask).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=True)

@@ -104,9 +104,9 @@ def banded_forward(model: Llama, ids: list[int], width: int) -> Tensor:
         def prepare(
             self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
         ) -> tuple[Tensor, ...]:
-            mask, rows = super().prepare(positions, write_indices, num_tokens, max_seq_len)
+            mask, *rest = super().prepare(positions, write_indices, num_tokens, max_seq_len)
             distance = torch.arange(num_tokens)[:, None] - torch.arange(max_seq_len)
-            return mask & (distance < width), rows
+            return mask & (distance < width), *rest
 
     cache = KVCache.allocate(model.config, 1, len(ids), dtype=torch.float32)
     zero = torch.zeros(1, dtype=torch.int64)
