@@ -9,7 +9,7 @@ Hidden states stay 2-D, [B*T, E], so that every weight product is one plain matr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class Llama(nn.Module):
         self.model = _Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
         with torch.device("cpu"):  # real even when the weights are built on the meta device
             cos, sin = rope_tables(config, num_positions)
         self.register_buffer("cos", cos, persistent=False)
