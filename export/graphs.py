@@ -146,6 +146,8 @@ def trace_graph(config: LlamaConfig, spec: GraphSpec) -> ir.Model:
             common.ClearMetadataAndDocStringPass(),  # stack traces, with this machine's paths
         ):
             clean(model)
+    for value in _values(model.graph):
+        value.metadata_props.clear()
     return model
 
 
@@ -223,6 +225,13 @@ def _name_weights(model: ir.Model, config: LlamaConfig) -> None:
         elif config.tie_word_embeddings and value.name == "lm_head.weight":
             value.name = "model.embed_tokens.weight"
         initializers.add(value)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 @contextlib.contextmanager

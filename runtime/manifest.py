@@ -10,12 +10,12 @@ import json
 import math
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from .backend import StaticShape
+from .typed_json import to_dataclass
 
 __all__ = [
     "FORMAT",
@@ -39,7 +39,6 @@ PARTIAL_SUFFIX = ".partial"  # of a folder that an export is writing, or was kil
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_MANIFEST_BYTES = 64 << 20
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,13 +221,9 @@ def hash_file(path: Path) -> FileRecord:
     Returns:
         Its size and sha256.
     """
-    digest = hashlib.sha256()
-    num_bytes = 0
     with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
-    return FileRecord(bytes=num_bytes, sha256=digest.hexdigest())
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileRecord(bytes=stream.tell(), sha256=digest)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -254,42 +249,13 @@ def _read_manifest(folder: Path) -> Manifest:
     if digest != _digest({"format": version, **data}):
         raise ValueError(f"{path}: was changed after the export; export again")
     # Beyond this point only a forged manifest fails.
-    return _convert(Manifest, {"folder": folder, "digest": digest, **data}, str(path))
+    return to_dataclass(Manifest, {"folder": folder, "digest": digest, **data}, str(path))
 
 
 def _digest(data: Mapping[str, Any]) -> str:
     """Of the content, whatever the spaces and the order of keys."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """JSON into dataclasses, every type checked; `where` names the place in messages."""
-    origin, args = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = get_type_hints(kind)
-        names = {field.name for field in fields(kind)}
-        if isinstance(value, dict) and value.keys() == names:
-            items = {n: _convert(hints[n], v, f"{where}, {n}") for n, v in value.items()}
-            try:
-                return kind(**items)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_convert(args[0], item, where) for item in value)
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {name: _convert(args[1], v, f"{where}, {name}") for name, v in value.items()}
-    elif origin is UnionType:
-        if value is None and NoneType in args:
-            return None
-        return _convert(next(arg for arg in args if arg is not NoneType), value, where)
-    elif kind is Path:
-        return value
-    elif type(value) is kind and not (kind is int and value < 0):
-        return value
-    raise ValueError(f"{where}: damaged; export again")
 
 
 def _check_name(folder: Path, name: str) -> None:

@@ -1,0 +1,60 @@
+"""JSON values to frozen dataclasses, every type checked."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+__all__ = ["to_dataclass"]
+
+_T = TypeVar("_T")
+
+
+def to_dataclass(kind: type[_T], value: Any, where: str) -> _T:
+    """Builds a dataclass from what json.loads returned.
+
+    Fields may be str, int (not negative), Path, another dataclass, tuple[X, ...], dict[str, X], or
+    X | None. A Path field takes a Path, which JSON never holds.
+
+    Args:
+        kind: The dataclass.
+        value: An object with exactly the fields' names.
+        where: Begins the message of an error.
+
+    Returns:
+        The dataclass.
+
+    Raises:
+        ValueError: A name is missing or unknown, a type is another, or the dataclass refuses.
+    """
+    return _convert(kind, value, where)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        names = {field.name for field in fields(kind)}
+        if isinstance(value, dict) and value.keys() == names:
+            items = {n: _convert(hints[n], v, f"{where}, {n}") for n, v in value.items()}
+            try:
+                return kind(**items)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(args[0], item, where) for item in value)
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {name: _convert(args[1], v, f"{where}, {name}") for name, v in value.items()}
+    elif origin is UnionType:
+        if value is None and NoneType in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not NoneType), value, where)
+    elif (kind is Path and isinstance(value, Path)) or (
+        type(value) is kind and not (kind is int and value < 0)
+    ):
+        return value
+    raise ValueError(f"{where}: damaged, holds {value!r:.60}")

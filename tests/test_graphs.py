@@ -1,0 +1,333 @@
+"""The exported graphs: their shapes and operators, and their logits against the eager model."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import TOLERANCE
+from numpy.typing import NDArray
+
+from llamac.export import TARGETS, export_bundle
+from llamac.export.graphs import GraphSpec, input_names, output_names, save_graph, trace_graph
+from llamac.model.checkpoint import load_model, open_checkpoint
+from llamac.model.compiled import TorchBackend
+from llamac.model.config import LlamaConfig
+from llamac.model.stored import weight_shapes
+from llamac.runtime.manifest import Manifest, StoredWeight, WeightFile
+from variants import VARIANTS, reference_model
+
+B, P, S = 3, 8, 32
+ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "bfloat16": onnx.TensorProto.BFLOAT16}
+
+
+def export(folder: Path, variant: str, **options) -> Manifest:
+    reference_model(variant).save_pretrained(folder / "checkpoint")
+    sizes = {"batch_size": B, "prefill_len": P, "max_seq_len": S}
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    return export_bundle(checkpoint, folder / "bundle", **{**sizes, **options})
+
+
+@pytest.fixture(scope="module")
+def all_targets(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """float32 for cpu, bfloat16 for the others."""
+    folder = tmp_path_factory.mktemp("all")
+    return export(folder, "llama-3.1", targets=tuple(TARGETS), dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def float32_bundle(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("float32")
+    return export(folder, "llama-3.1", targets=("tensorrt", "cpu"), dtype="float32")
+
+
+class PlainRuntime:
+    """Runs a bundle's graphs in plain sessions, one cache per slot, copied every step."""
+
+    def __init__(self, bundle: Manifest, target: str) -> None:
+        self.target, self.rows = target, bundle.shape.max_seq_len
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # TensorScatter warns that nothing is bound in place
+        self.sessions = {
+            role: ort.InferenceSession(
+                bundle.folder / bundle.find_graph(role, target).file,
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+            for role in ("prefill", "decode")
+        }
+        model, dtype = bundle.model, bundle.find_graph("decode", target).dtype
+        size = (bundle.shape.batch_size, model.num_key_value_heads, self.rows, model.head_dim)
+        self.cache = [np.zeros(size, dtype) for _ in range(2 * model.num_hidden_layers)]
+        self.prefill_len = bundle.shape.prefill_len
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        padded = [*ids, *[0] * (self.prefill_len - len(ids))]
+        row = slice(slot, slot + 1)
+        logits, *cache = self._run("prefill", [padded], [start], [start], len(ids) - 1, row)
+        for buffer, written in zip(self.cache, cache, strict=True):
+            buffer[row] = written
+        return logits[0, 0]
+
+    def decode(self, ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        indices = list(positions)
+        for slot, position in enumerate(positions):
+            if position >= self.rows and self.target == "tensorrt":
+                indices[slot] = position % self.rows
+            elif position >= self.rows:
+                last = self.rows - 1
+                for buffer in self.cache:
+                    buffer[slot, :, (position - self.rows) % last] = buffer[slot, :, last]
+                indices[slot] = last
+        logits, *self.cache = self._run(
+            "decode", [[i] for i in ids], positions, indices, 0, slice(None)
+        )
+        return logits[:, 0]
+
+    def _run(self, role: str, ids, positions, indices, wanted: int, slots: slice):
+        session = self.sessions[role]
+        step = (ids, positions, indices, [[wanted]] * len(positions))
+        values = [np.array(value, np.int64) for value in step]
+        values += [buffer[slots] for buffer in self.cache]
+        names = [value.name for value in session.get_inputs()]
+        return session.run(None, dict(zip(names, values, strict=True)))
+
+
+def eager(bundle: Manifest, dtype: torch.dtype = torch.float32) -> TorchBackend:
+    checkpoint = open_checkpoint(bundle.folder.parent / "checkpoint")
+    shape = bundle.shape
+    return TorchBackend(
+        load_model(checkpoint, num_positions=shape.num_positions, dtype=dtype),
+        batch_size=shape.batch_size,
+        max_seq_len=shape.max_seq_len,
+        prefill_lens=shape.prefill_lens,
+        compile=False,
+    )
+
+
+def run_both(bundle: Manifest, target: str, last_position: int, dtype=torch.float32):
+    """Chunks (one moved back to the last row) into two slots, then ragged steps; yields logits."""
+    ours, theirs = PlainRuntime(bundle, target), eager(bundle, dtype)
+    ids = np.random.default_rng(0).integers(0, bundle.shape.vocab_size, (B, last_position + 1))
+    chunks = [(0, 0, 8), (2, 0, 3), (0, 8, 16), (0, 16, 21), (0, 21, 29), (0, 24, 30)]
+    for slot, start, stop in chunks:
+        chunk = ids[slot, start:stop].tolist()
+        yield ours.prefill(slot, chunk, start), theirs.prefill(slot, chunk, start).copy()
+    positions = np.array([30, 0, 3])  # the last row, an empty slot, a short one
+    while positions[0] <= last_position:
+        step = ids[np.arange(B), positions]
+        yield ours.decode(step.tolist(), positions.tolist()), theirs.decode(step, positions).copy()
+        positions = positions + 1
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_prefill_and_ragged_decode_equal_eager_past_the_last_row(
+    float32_bundle: Manifest, target: str
+):
+    # Slot 0 rolls for 40 steps: once round the window and more.
+    for ours, theirs in run_both(float32_bundle, target, 71):
+        assert np.abs(theirs).max() > 1
+        rtol, atol = TOLERANCE["float32"]
+        np.testing.assert_allclose(ours, theirs, rtol, atol * np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module")
+def float16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("float16")
+    return export(folder, "llama-3.1", targets=("tensorrt", "cuda"), dtype="float16")
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cuda"])
+def test_float16_graphs_are_as_near_to_float32_as_eager_float16(
+    float16_bundle: Manifest, target: str
+):
+    bundle = float16_bundle
+    exact = [theirs for _, theirs in run_both(bundle, target, 31)]
+    errors = np.array(
+        [
+            (np.abs(ours - reference).max(), np.abs(theirs - reference).max())
+            for (ours, theirs), reference in zip(
+                run_both(bundle, target, 31, torch.float16), exact, strict=True
+            )
+        ]
+    )
+    assert 0 < errors[:, 1].max() < 0.1
+    assert errors[:, 0].max() <= 1.2 * errors[:, 1].max()
+
+
+@pytest.mark.parametrize("variant", ["biases", "llama-3.2-tied", "smollm", "yarn"])
+def test_variants_equal_eager(tmp_path: Path, variant: str):
+    bundle = export(tmp_path, variant)
+    for ours, theirs in run_both(bundle, "cpu", 31):
+        rtol, atol = TOLERANCE["float32"]
+        np.testing.assert_allclose(ours, theirs, rtol, atol * np.abs(theirs).max())
+
+
+def load_graph(bundle: Manifest, file: str) -> onnx.ModelProto:
+    return onnx.load(bundle.folder / file, load_external_data=False)
+
+
+def test_inputs_and_outputs_are_the_documented_table(all_targets: Manifest):
+    config = LlamaConfig.from_dict(VARIANTS["llama-3.1"])
+    assert len(all_targets.graphs) == 6
+    for entry in all_targets.graphs:
+        graph = load_graph(all_targets, entry.file).graph
+        batch, tokens = (1, P) if entry.role == "prefill" else (B, 1)
+        assert (entry.batch, entry.tokens, entry.rows, entry.logits) == (batch, tokens, S, 1)
+        assert entry.dtype == ("float32" if entry.target == "cpu" else "bfloat16")
+        integer, cache_type = onnx.TensorProto.INT64, ONNX_TYPES[entry.dtype]
+        cache = ((batch, config.num_key_value_heads, S, config.head_dim), cache_type)
+        layers = range(config.num_hidden_layers)
+
+        def caches(prefix: str, layers=layers, cache=cache) -> dict:
+            return {f"{prefix}.{i}.{x}": cache for i in layers for x in ("key", "value")}
+
+        assert described(graph.input) == {
+            "input_ids": ((batch, tokens), integer),
+            "positions": ((batch,), integer),
+            "write_indices": ((batch,), integer),
+            "logit_indices": ((batch, 1), integer),
+            **caches("past_key_values"),
+        }
+        assert described(graph.output) == {
+            "logits": ((batch, 1, config.vocab_size), onnx.TensorProto.FLOAT),
+            **caches("present"),
+        }
+        assert [value.name for value in graph.input] == input_names(config)
+        assert [value.name for value in graph.output] == output_names(config)
+
+
+def described(values) -> dict[str, tuple[tuple[int, ...], int]]:
+    return {value.name: (dims(value), value.type.tensor_type.elem_type) for value in values}
+
+
+def dims(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    found = value.type.tensor_type.shape.dim
+    assert all(dim.WhichOneof("value") == "dim_value" for dim in found), value.name
+    return tuple(dim.dim_value for dim in found)
+
+
+def test_every_dimension_of_every_value_is_an_integer(all_targets: Manifest):
+    for entry in all_targets.graphs:
+        graph = load_graph(all_targets, entry.file).graph
+        known = {value.name for value in (*graph.value_info, *graph.output)}
+        assert known >= {name for node in graph.node for name in node.output}
+        for value in graph.value_info:
+            dims(value)
+
+
+def test_graphs_pass_the_checker_where_the_weights_are_not_links(
+    all_targets: Manifest, tmp_path: Path
+):
+    for name in all_targets.files:
+        (tmp_path / name).write_bytes((all_targets.folder / name).read_bytes())
+    for entry in all_targets.graphs:
+        onnx.checker.check_model(str(tmp_path / entry.file), full_check=True)
+
+
+def test_operators_are_these_and_no_others(all_targets: Manifest):
+    # Three layers; each product one Gemm on the stored weight, nothing transposed or copied.
+    common = {
+        "Add": 9,  # 6 residuals; positions, write or mask row, logit row
+        "Gather": 4,  # embedding, cos, sin, logit rows
+        "Gemm": 22,
+        "RMSNormalization": 7,
+        "Reshape": 15,  # q, k, v, output; ids, logit rows, logits
+        "RotaryEmbedding": 6,
+        "Sigmoid": 3,
+    }
+    fused = {**common, "GroupQueryAttention": 3, "Mul": 6, "Unsqueeze": 1}
+    standard = {
+        **common,
+        "Attention": 3,
+        "LessOrEqual": 1,
+        "Mul": 9,
+        "TensorScatter": 6,
+        "Transpose": 12,
+        "Unsqueeze": 3,
+    }
+    rotated = 4 * 3  # q and k of each layer, to float32 and back
+    expected = {
+        "cpu": {**fused, "Cast": 1},  # seqlens_k
+        "cuda": {**fused, "Cast": 1 + rotated + 1},  # and logits
+        "tensorrt": {**standard, "Cast": rotated + 1},
+    }
+    for entry in all_targets.graphs:
+        nodes = load_graph(all_targets, entry.file).graph.node
+        assert entry.ops == expected[entry.target], entry.file
+        assert len(nodes) == sum(entry.ops.values())
+        standard_only = {node.domain for node in nodes} == {""}
+        assert standard_only == (entry.target == "tensorrt")
+
+
+def test_every_weight_is_a_place_in_a_file_under_its_own_name(all_targets: Manifest):
+    config = LlamaConfig.from_dict(VARIANTS["llama-3.1"])
+    wanted = {*weight_shapes(config), "rope.cos", "rope.sin"}
+    places = {
+        dtype: {
+            name: (weight.file, str(stored.offset))
+            for weight in all_targets.weights
+            if weight.dtype == dtype or weight.file == "rope.safetensors"
+            for name, stored in weight.tensors.items()
+        }
+        for dtype in ("float32", "bfloat16")
+    }
+    for entry in all_targets.graphs:
+        found = {}
+        for tensor in load_graph(all_targets, entry.file).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                data = {item.key: item.value for item in tensor.external_data}
+                found[tensor.name] = (data["location"], data["offset"])
+            else:
+                assert len(tensor.raw_data) <= 8 * S, tensor.name
+        assert found.keys() == wanted
+        assert found == places[entry.dtype]
+
+
+def test_a_graph_holds_nothing_of_the_machine_that_made_it(all_targets: Manifest):
+    for entry in all_targets.graphs:
+        graph = load_graph(all_targets, entry.file).graph
+        for part in (graph, *graph.node, *graph.input, *graph.value_info, *graph.initializer):
+            assert not part.doc_string
+            assert not part.metadata_props
+
+
+def test_tracing_the_shape_of_a_large_model_takes_no_memory_for_it():
+    config = replace(
+        LlamaConfig.from_dict(VARIANTS["llama-3.1"]),
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=1,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+    )
+    spec = GraphSpec(
+        target="tensorrt", dtype="float32", batch=8, tokens=1, rows=131072, num_positions=131072
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = trace_graph(config, spec)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    shape = model.graph.initializers["lm_head.weight"].shape
+    assert shape is not None
+    assert shape.numpy() == (128256, 8192)  # 4 GiB, were it real
+
+
+def test_tracing_twice_writes_the_same_bytes(tmp_path: Path):
+    config = replace(LlamaConfig.from_dict(VARIANTS["llama-3.1"]), num_hidden_layers=1)
+    shapes = {**weight_shapes(config), "rope.cos": (64, 4), "rope.sin": (64, 4)}
+    places = {name: StoredWeight(shape=shape, offset=0) for name, shape in shapes.items()}
+    file = WeightFile(file="model.safetensors", dtype="float32", tensors=places)
+    spec = GraphSpec(target="cpu", dtype="float32", batch=2, tokens=1, rows=S, num_positions=64)
+    for name in ("one", "two"):
+        save_graph(trace_graph(config, spec), tmp_path / name, [file])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
