@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -81,8 +82,8 @@ def _config(path: Path, params: dict[str, Any], files: list[TensorFile]) -> Llam
     vocab_size = _split_size(files, "tok_embeddings.weight", 0 if _rows_split(files, dim) else None)
     if params.get("vocab_size", -1) != -1:
         vocab_size = _size(path, params, "vocab_size")
-    eps = float(params.get("norm_eps", 1e-5))
-    theta = float(params.get("rope_theta") or 10000.0)
+    eps = _number(path, params, "norm_eps", 1e-5)
+    theta = _number(path, params, "rope_theta", 10000.0)
     is_scaled = bool(params.get("use_scaled_rope"))
     is_llama3 = is_scaled or vocab_size >= 128_000
     eos: tuple[int, ...] = (2,)
@@ -106,7 +107,7 @@ def _config(path: Path, params: dict[str, Any], files: list[TensorFile]) -> Llam
         max_position_embeddings=context,
         rms_norm_eps=eps,
         rope_theta=theta,
-        rope_scaling=_rope_scaling(params, dim) if is_scaled else None,
+        rope_scaling=_rope_scaling(path, params, dim) if is_scaled else None,
         tie_word_embeddings="output.weight" not in files[0].entries,
         dtype=files[0].entries["tok_embeddings.weight"].dtype,
         bos_token_id=128_000 if is_llama3 else 1,
@@ -114,13 +115,13 @@ def _config(path: Path, params: dict[str, Any], files: list[TensorFile]) -> Llam
     )
 
 
-def _rope_scaling(params: dict[str, Any], dim: int) -> RopeScaling:
+def _rope_scaling(path: Path, params: dict[str, Any], dim: int) -> RopeScaling:
     """Llama 3.2's text models (1B, 3B) stretch 32 times, all of 3.1 and 3.3 (dim >= 4096) 8."""
     return RopeScaling(
         rope_type="llama3",
-        factor=float(params.get("rope_scaling_factor") or (32.0 if dim < 4096 else 8.0)),
+        factor=_number(path, params, "rope_scaling_factor", 32.0 if dim < 4096 else 8.0),
         low_freq_factor=1.0,
-        high_freq_factor=float(params.get("rope_high_freq_factor") or 4.0),
+        high_freq_factor=_number(path, params, "rope_high_freq_factor", 4.0),
         original_max_position_embeddings=8192,
     )
 
@@ -133,9 +134,7 @@ def _intermediate_size(
     if params.get("multiple_of") is None:
         return stored
     multiple = _size(path, params, "multiple_of")
-    inner = 2 * (4 * dim) // 3
-    if params.get("ffn_dim_multiplier") is not None:
-        inner = int(float(params["ffn_dim_multiplier"]) * inner)
+    inner = int(_number(path, params, "ffn_dim_multiplier", 1.0) * (2 * (4 * dim) // 3))
     inner = -(-inner // multiple) * multiple
     if stored != inner:
         raise ValueError(
@@ -150,6 +149,15 @@ def _size(path: Path, params: dict[str, Any], key: str) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{path}: {key} is {value!r}; it must be a positive integer")
     return value
+
+
+def _number(path: Path, params: dict[str, Any], key: str, default: float) -> float:
+    value = params.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{path}: {key} is {value!r}; it must be a positive number")
+    return float(value)
 
 
 def _split_size(files: list[TensorFile], key: str, dim: int | None) -> int:

@@ -108,7 +108,7 @@ class Checkpoint:
 
         Yields:
             The HF name, the slice of the full tensor that the part fills, and the part: mapped
-            memory or a converted temporary, valid until the next item, then let go.
+            memory or a converted temporary, let go with the last reference to it.
 
         Raises:
             ValueError: A name isn't in the checkpoint.
@@ -116,15 +116,9 @@ class Checkpoint:
         wanted = set(self.tensors if names is None else names)
         if unknown := sorted(wanted - self.tensors.keys()):
             raise ValueError(f"{self.folder}: no tensor {unknown[0]}")
-        by_file: dict[Path, list[Piece]] = {}
-        for piece in self.pieces:
-            if piece.name in wanted:
-                by_file.setdefault(piece.file.path, []).append(piece)
-        for pieces in by_file.values():
-            tensors = pieces[0].file.load()
-            for piece in sorted(pieces, key=lambda piece: piece.entry.offset or 0):
-                yield from _read_piece(piece, tensors[piece.key])
-            del tensors
+        chosen = (piece for piece in self.pieces if piece.name in wanted)
+        for piece in sorted(chosen, key=lambda piece: (piece.file.path, piece.entry.offset)):
+            yield from _read_piece(piece)
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -248,25 +242,30 @@ def _check_shape(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None
 def _stored(shape: tuple[int, ...], pieces: list[Piece]) -> StoredTensor:
     piece = pieces[0]
     dtype, offset = piece.entry.dtype, piece.entry.offset
-    if offset is None or piece.shape != shape or piece.rows or piece.interleaved_head_dim:
+    if (
+        piece.file.kind != "safetensors"
+        or piece.shape != shape
+        or piece.rows
+        or piece.interleaved_head_dim
+    ):
         return StoredTensor(shape=shape, dtype=dtype, file=None, offset=None)
     return StoredTensor(shape=shape, dtype=dtype, file=piece.file.path, offset=offset)
 
 
-def _read_piece(piece: Piece, tensor: Tensor) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
-    first, last = piece.rows or (0, tensor.shape[0])
+def _read_piece(piece: Piece) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    first, last = piece.rows or (0, piece.shape[0])
     head_dim = piece.interleaved_head_dim
     unit = head_dim or 1  # rows that stay together
-    row_bytes = max(1, tensor[0].nbytes)
+    row_bytes = math.prod(piece.shape[1:]) * 4  # at most
     step = max(unit, _BLOCK_BYTES // row_bytes // unit * unit)
     for start in range(first, last, step):
-        stored = tensor[start : min(start + step, last)]
-        part = stored if head_dim is None else _uninterleave(stored, head_dim)
+        part = piece.file.rows(piece.key, start, min(start + step, last))
+        if head_dim is not None:
+            part = _uninterleave(part, head_dim)
         origin = (piece.origin[0] + start - first, *piece.origin[1:])
         place = tuple(slice(a, a + n) for a, n in zip(origin, part.shape, strict=True))
         yield piece.name, place, part
-        del part
-        piece.file.release(stored)
+        del part  # unmapped before the next part is mapped
 
 
 def _uninterleave(weight: Tensor, head_dim: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import mmap
+import os
 import pickle
 import struct
-from collections import OrderedDict
-from collections.abc import Iterator
+import warnings
+import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .config import DTYPES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = ["Entry", "TensorFile", "open_safetensors", "open_torch_file"]
 
@@ -50,13 +49,13 @@ class Entry:
 
     Attributes:
         shape: As stored.
-        dtype: One of DTYPES, or the file's own name for a dtype this package refuses.
-        offset: Where its little-endian bytes begin in the file, or None where they aren't plain.
+        dtype: One of config.DTYPES, or the file's own name for a dtype this package refuses.
+        offset: Where its little-endian bytes begin in the file.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    offset: int | None = None
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,46 +65,49 @@ class TensorFile:
     Attributes:
         path: The file.
         entries: Name to what is stored, in the order of the file.
-        kind: "safetensors", "zip" (torch, mapped) or "legacy" (torch before 1.6, read whole).
+        kind: "safetensors" or "torch".
     """
 
     path: Path
     entries: dict[str, Entry]
     kind: str
 
-    def load(self) -> dict[str, Tensor]:
-        """Maps every tensor of a supported dtype; a legacy file is read into memory instead.
-
-        Returns:
-            Name to a tensor on the file's pages; writing to it never reaches the file.
-
-        Raises:
-            ValueError: The file no longer is what it was when opened.
-        """
-        if self.kind != "safetensors":
-            return _load_torch(self.path, mapped=self.kind == "zip")
-        data = torch.from_file(
-            str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8
-        )
-        return {
-            name: _view(data, entry) for name, entry in self.entries.items() if _is_supported(entry)
-        }
-
-    def release(self, part: Tensor) -> None:
-        """Gives the pages under a part of load's tensors back to the system; they stay readable.
+    def rows(self, key: str, first: int, last: int) -> Tensor:
+        """Maps rows of a tensor of a supported dtype; they are unmapped with the tensor.
 
         Args:
-            part: A contiguous part; anything else is left alone.
+            key: The file's name for it.
+            first: First row.
+            last: Last row + 1, more than first.
+
+        Returns:
+            [last - first, ...] on the file's own pages where its bytes are aligned; writing to it
+            never reaches the file.
+
+        Raises:
+            ValueError: The file is shorter than when it was opened.
         """
-        # Clean private pages are read again when touched. Heap memory would be lost: never legacy.
-        advice = getattr(mmap, "MADV_DONTNEED", None)
-        if self.kind == "legacy" or advice is None or not part.is_contiguous():
-            return
-        start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        num_bytes = part.data_ptr() + part.nbytes - start
-        if num_bytes:
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))
+        entry = self.entries[key]
+        dtype = getattr(torch, entry.dtype)
+        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+        start = entry.offset + first * row_bytes
+        num_bytes = (last - first) * row_bytes
+        page_start = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size < start + num_bytes:
+                raise ValueError(f"{self.path}: changed while it was read; load it again")
+            mapping = mmap.mmap(
+                stream.fileno(),
+                start + num_bytes - page_start,
+                access=mmap.ACCESS_COPY,  # writable, which torch wants, but not through to the file
+                offset=page_start,
+            )
+        raw = torch.frombuffer(
+            mapping, dtype=torch.uint8, offset=start - page_start, count=num_bytes
+        )
+        if start % dtype.itemsize:
+            raw = raw.clone()  # old writers did not align the data
+        return raw.view(dtype).view(last - first, *entry.shape[1:])
 
 
 def open_safetensors(path: Path) -> TensorFile:
@@ -156,7 +158,7 @@ def open_safetensors(path: Path) -> TensorFile:
         )
     if num_bytes > expected:
         raise ValueError(f"{path}: {num_bytes - expected} bytes past the last tensor")
-    entries = dict(sorted(entries.items(), key=lambda item: item[1].offset or 0))
+    entries = dict(sorted(entries.items(), key=lambda item: item[1].offset))
     return TensorFile(path=path, entries=entries, kind="safetensors")
 
 
@@ -169,21 +171,31 @@ def open_torch_file(path: Path) -> TensorFile:
         path: The file.
 
     Returns:
-        Its table; a legacy file was read whole to know it, and let go.
+        Its table, in the order of the pickle.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds anything but tensors.
+        ValueError: The file is damaged, older than torch 1.6, or holds anything but plain tensors.
+
+    Source: torch's notes on serialization: under FakeTensorMode, torch.load leaves the offset of
+        each storage instead of reading it.
     """
     _check_is_file(path)
-    with path.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"
-    tensors = _load_torch(path, mapped=is_zip)
-    entries = {
-        name: Entry(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
-    return TensorFile(path=path, entries=entries, kind="zip" if is_zip else "legacy")
+    _check_zip(path)
+    with FakeTensorMode():
+        tensors = _named_tensors(path, _load_torch(path))
+    num_bytes = path.stat().st_size
+    entries: dict[str, Entry] = {}
+    for name, tensor in tensors.items():
+        base = tensor.untyped_storage()._checkpoint_offset
+        if base is None or not tensor.is_contiguous():
+            raise ValueError(f"{path}: tensor {name} is not plain bytes; save it contiguous")
+        offset = int(base) + int(tensor.storage_offset()) * tensor.itemsize
+        if offset + tensor.nbytes > num_bytes:
+            raise ValueError(f"{path}: truncated, tensor {name} ends past the file")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries[name] = Entry(shape=tuple(tensor.shape), dtype=dtype, offset=offset)
+    return TensorFile(path=path, entries=entries, kind="torch")
 
 
 def _check_is_file(path: Path) -> None:
@@ -208,7 +220,7 @@ def _read_entry(path: Path, name: str, item: Any, data_start: int) -> tuple[int,
 
     match item:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
-            all(map(is_size, (*shape, begin, end))) and begin <= end
+            all(map(is_size, (*shape, begin, end))) and begin <= end and name.isprintable()
         ):
             item_bytes = _ITEM_BYTES.get(dtype)
             if item_bytes is None or math.prod(shape) * item_bytes == end - begin:
@@ -218,40 +230,50 @@ def _read_entry(path: Path, name: str, item: Any, data_start: int) -> tuple[int,
     raise ValueError(f"{path}: the header's entry for {name!r} is damaged")
 
 
-def _is_supported(entry: Entry) -> bool:
-    return entry.dtype in DTYPES
-
-
-def _view(data: Tensor, entry: Entry) -> Tensor:
-    dtype = getattr(torch, entry.dtype)
-    assert entry.offset is not None
-    raw = data[entry.offset : entry.offset + math.prod(entry.shape) * dtype.itemsize]
-    if entry.offset % dtype.itemsize:
-        raw = raw.clone()  # old writers did not align the data
-    return raw.view(dtype).view(entry.shape)
-
-
-def _load_torch(path: Path, *, mapped: bool) -> dict[str, Tensor]:
+def _check_zip(path: Path) -> None:
+    """The tensors' bytes must stand in the file as they are: not compressed, not big-endian."""
+    with path.open("rb") as stream:
+        if stream.read(1) == b"\x80":
+            raise ValueError(
+                f"{path}: a bare pickle; save it again with torch.save of torch >= 1.6"
+            )
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+            is_stored = all(item.compress_type == zipfile.ZIP_STORED for item in items)
+            orders = [item for item in items if item.filename.endswith("/byteorder")]
+            is_little = not is_stored or all(archive.read(item) == b"little" for item in orders)
+    except (zipfile.BadZipFile, OSError, *_LOAD_ERRORS):  # OSError: a seek to nowhere
+        raise ValueError(f"{path}: truncated, or not a torch checkpoint") from None
+    if not is_stored:
+        raise ValueError(f"{path}: compressed; save it again with torch.save")
+    if not is_little:
+        raise ValueError(f"{path}: not little-endian; save it again on such a machine")
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path}: holds objects other than tensors; refusing to run them"
+            f"{path}: damaged, or holds objects other than tensors; refusing to run them"
         ) from None
     except _LOAD_ERRORS:
         raise ValueError(f"{path}: truncated, or not a torch checkpoint") from None
+
+
+def _named_tensors(path: Path, data: Any) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, not named tensors")
-    return OrderedDict(_checked(path, data))
-
-
-def _checked(path: Path, data: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in data.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{path}: the name {name!r} is not that of a tensor")
+        if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise ValueError(f"{path}: {name} is stored as {value.layout}; only plain tensors are")
-        yield name, value.detach()
+            raise ValueError(f"{path}: tensor {name} is sparse, quantized or without data")
+    return {name: value.detach() for name, value in data.items()}

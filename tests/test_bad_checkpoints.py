@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llamac.model.checkpoint import open_checkpoint
+from llamac.model.config import LlamaConfig
+from llamac.model.random_weights import write_random_checkpoint
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound HF folder in one file, to be damaged."""
+    write_random_checkpoint(None, tmp_path / "model", config=CONFIG, dtype="float32")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A sound HF folder in two files, to be damaged."""
+    write_random_checkpoint(None, tmp_path / "sharded", config=CONFIG, shards=2)
+    return tmp_path / "sharded"
+
+
+def refused(error: type[Exception], source: Path | str, message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        open_checkpoint(source)
+    assert "\n" not in str(caught.value)
+
+
+def edit_json(path: Path, **keys: object) -> None:
+    data = {**json.loads(path.read_text()), **keys}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def test_nothing_there(tmp_path: Path):
+    refused(FileNotFoundError, tmp_path / "absent", "absent: no such file or folder")
+    refused(FileNotFoundError, "../absent/../../x", "no such file or folder")
+    refused(FileNotFoundError, tmp_path, r"no checkpoint .looked for config\.json, ")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_size": None}, r"config\.json: config: hidden_size missing"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; only 'llama' is supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\.self_attn.* is missing .and 8 more"),
+        ({"num_hidden_layers": 1}, r"tensor model\.layers\.1\..* is not part .*and 8 more"),
+        ({"vocab_size": 33}, r"embed_tokens\.weight has shape \[32, 16\]; .* makes it \[33, 16\]"),
+        ({"tie_word_embeddings": True}, ""),
+    ],
+)
+def test_config_and_weights_disagree(folder: Path, keys: dict, message: str):
+    edit_json(folder / "config.json", **keys)
+    if message:
+        refused(ValueError, folder, message)
+    else:  # a stored head is ignored when it is tied
+        assert "lm_head.weight" not in open_checkpoint(folder).tensors
+
+
+def test_weights_or_shards_missing(folder: Path, sharded: Path):
+    (folder / "model.safetensors").unlink()
+    refused(FileNotFoundError, folder, r"no model\.safetensors or pytorch_model\.bin")
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    refused(FileNotFoundError, sharded, "model-00002-of-00002.safetensors: no such file")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model/model.safetensors", "/etc/passwd", "..", "", "a\\b", "C:x", 3, None, "a\0b"]
+)
+def test_an_index_may_not_leave_the_folder(sharded: Path, name: object):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": name}}))
+    refused(ValueError, sharded, "for model.norm.weight is not a file name in the folder")
+
+
+def test_an_index_that_disagrees_with_its_shards(sharded: Path):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    moved = {**weight_map, "model.norm.weight": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": moved}))
+    refused(ValueError, sharded, "tensor model.norm.weight is not in model-00001-of-00002")
+    del moved["model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": {**moved, "model.extra": "model-00001"}}))
+    refused(FileNotFoundError, sharded, "model-00001: no such file")
+    path = sharded / "model-00001-of-00002.safetensors"
+    save_file({**load_file(path), "model.norm.weight": torch.ones(16)}, path)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(ValueError, sharded, "tensor model.norm.weight is in model-00001-.* and model-00002-")
+    index.write_text("{}")
+    refused(ValueError, sharded, "no weight_map")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -4])
+def test_truncated_safetensors(folder: Path, kept: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(ValueError, folder, r"model\.safetensors: truncated")
+
+
+def test_bytes_past_the_last_tensor(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(ValueError, folder, "1 bytes past the last tensor")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data_offsets": [4, 68]}, "overlap or leave a gap"),
+        ({"data_offsets": [-4, 60]}, "entry for 'model.norm.weight' is damaged"),
+        ({"data_offsets": [64, 0]}, "is damaged"),
+        ({"shape": [17]}, "is damaged"),
+        ({"shape": [True] * 16}, "is damaged"),
+        ({"shape": 16}, "is damaged"),
+        ({"dtype": 3}, "is damaged"),
+    ],
+)
+def test_a_header_that_lies(folder: Path, keys: dict, message: str):
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64], **keys}
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    raw = len(header).to_bytes(8, "little") + header + bytes(64)
+    (folder / "model.safetensors").write_bytes(raw)
+    refused(ValueError, folder, message)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a":1,"a":2}', b"[" * 50_000, b"\xff"])
+def test_a_header_that_is_not_an_object(folder: Path, header: bytes):
+    raw = len(header).to_bytes(8, "little") + header
+    (folder / "model.safetensors").write_bytes(raw)
+    refused(ValueError, folder, "not a safetensors file")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
+def test_quantized_weights_are_refused_by_name(folder: Path, dtype: torch.dtype):
+    weights = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    weights |= {key: weights[key].to(dtype), f"{key}_scale": torch.ones(1)}
+    save_file(weights, folder / "model.safetensors")
+    refused(
+        ValueError, folder, f"tensor {key} is stored as .*; only float32, float16, bfloat16 are"
+    )
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    refused(
+        ValueError, folder, f"tensor {key} is stored as .*; only float32, float16, bfloat16 are"
+    )
+
+
+def test_adapters_are_refused(folder: Path, tmp_path: Path):
+    weights = load_file(folder / "model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**weights, key: torch.ones(2, 16)}, folder / "model.safetensors")
+    refused(ValueError, folder, r"holds adapter weights .*lora_A.*; merge them")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(ValueError, folder, "holds an adapter; merge it into its model first")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"step": 3}, "'step' is a int, not a tensor"),
+        ({7: torch.ones(1)}, "the name 7 is not that of a tensor"),
+        ({"a\nb": torch.ones(1)}, "the name .* is not that of a tensor"),
+        ({"a": torch.ones(4, 2).t()}, "tensor a is not plain bytes; save it contiguous"),
+        ({"a": torch.eye(3).to_sparse()}, "tensor a is sparse, quantized or without data"),
+    ],
+)
+def test_bin_files_hold_plain_tensors(folder: Path, extra: dict, message: str):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, **extra}, folder / "pytorch_model.bin")
+    refused(ValueError, folder, message)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("kept", [0, 3, 100, 5000, -1])
+def test_truncated_bin(folder: Path, kept: int, is_zip: bool):
+    path = folder / "pytorch_model.bin"
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, path, _use_new_zipfile_serialization=is_zip)
+    (folder / "model.safetensors").unlink()
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(ValueError, folder, "pytorch_model.bin: ")
+
+
+def test_a_compressed_bin_is_refused(folder: Path):
+    """Its bytes used to be taken for weights as they stand in the file."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "plain.bin")
+    (folder / "model.safetensors").unlink()
+    out = zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(folder / "plain.bin") as plain, out:
+        for item in plain.infolist():
+            out.writestr(item.filename, plain.read(item))
+    refused(ValueError, folder, "pytorch_model.bin: compressed")
+
+
+class _Evil:
+    """Unpickled by a careless reader, it writes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "plain"])
+def test_a_malicious_pickle_is_not_run(folder: Path, tmp_path: Path, how: str):
+    sentinel = tmp_path / "executed"
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    data = {"model.norm.weight": torch.ones(64), "more": _Evil(sentinel)}
+    if how == "plain":
+        path.write_bytes(pickle.dumps(_Evil(sentinel)))
+    else:
+        torch.save(data, path, _use_new_zipfile_serialization=how == "zip")
+    message = "objects other than tensors; refusing" if how == "zip" else "a bare pickle; save it"
+    refused(ValueError, folder, message)
+    assert not sentinel.exists()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_in_one_line(tmp_path_factory, data: st.DataObject):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    if not folder.exists():
+        write_random_checkpoint(None, folder, config=CONFIG)
+        (folder / "sound").write_bytes((folder / "model.safetensors").read_bytes())
+    raw = bytearray((folder / "sound").read_bytes())
+    header_end = 8 + int.from_bytes(raw[:8], "little")
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, header_end))] = data.draw(st.integers(0, 255))
+    size = data.draw(st.sampled_from([0, 7, 8, header_end - 1, header_end, len(raw) - 1, len(raw)]))
+    (folder / "model.safetensors").write_bytes(raw[:size])
+    try:
+        list(open_checkpoint(folder).read())
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_bin_is_refused_in_one_line(tmp_path_factory, data: st.DataObject):
+    """Names that are not UTF-8 and offsets past the end used to escape as zipfile's errors."""
+    folder = tmp_path_factory.getbasetemp() / "damaged bin"
+    if not folder.exists():
+        write_random_checkpoint(None, folder, config=CONFIG)
+        torch.save(load_file(folder / "model.safetensors"), folder / "sound")
+        (folder / "model.safetensors").unlink()
+    raw = bytearray((folder / "sound").read_bytes())
+    pickle_end, directory = raw.find(b"PK\x03\x04", 100), raw.find(b"PK\x01\x02")
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = st.integers(0, pickle_end) | st.integers(directory, len(raw) - 1)
+        raw[data.draw(where)] = data.draw(st.integers(0, 255))
+    (folder / "pytorch_model.bin").write_bytes(raw)
+    try:
+        list(open_checkpoint(folder).read())
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = str(folder)
+    assert str(folder) in message
+    assert "\n" not in message
+
+
+def test_a_big_endian_bin_is_refused(folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(weights, folder / "plain.bin")
+    with zipfile.ZipFile(folder / "plain.bin") as plain, zipfile.ZipFile(path, "w") as out:
+        for item in plain.infolist():
+            is_order = item.filename.endswith("byteorder")
+            out.writestr(item.filename, b"big" if is_order else plain.read(item))
+    refused(ValueError, folder, "pytorch_model.bin: not little-endian; save it again")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_cut_after_it_was_opened(folder: Path, name: str):
+    """Touching pages past the end of a mapping would kill the process."""
+    if name.endswith(".bin"):
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(folder)
+    os.truncate(folder / name, 100)
+    with pytest.raises(ValueError, match=f"{name}: changed while it was read"):
+        list(checkpoint.read())
+
+
+def test_finds_a_model_in_the_local_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    repo = tmp_path / "home" / "hub" / "models--org--tiny-llama"
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    refused(
+        FileNotFoundError, "org/tiny-llama", "not in the Hugging Face cache .looked for .*org--"
+    )
+    (repo / "snapshots" / "abc123").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    refused(FileNotFoundError, "org/tiny-llama", "no checkpoint")
+    (repo / "blobs").mkdir()
+    for i, file in enumerate(folder.iterdir()):  # the cache holds links to blobs
+        file.rename(repo / "blobs" / str(i))
+        (repo / "snapshots" / "abc123" / file.name).symlink_to(f"../../blobs/{i}")
+    checkpoint = open_checkpoint("org/tiny-llama")
+    assert checkpoint.folder == repo / "snapshots" / "abc123"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.delenv("HF_HOME")
+    assert open_checkpoint("org/tiny-llama").tensors == checkpoint.tensors
+    (repo / "refs" / "main").write_text("../../../..")
+    refused(ValueError, "org/tiny-llama", "not a commit")
