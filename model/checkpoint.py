@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -53,13 +54,18 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def load_weights(
-    model: Llama, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
+    model: Llama,
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    mapped: Container[str] = (),
 ) -> None:
     """Copies every weight into the model's parameters, casting to their dtype.
 
     Args:
         model: Real (not meta) parameters of the checkpoint's shapes.
         checkpoint: What is read, part by part: beyond the model, one part is in memory.
+        mapped: Names that need no copy.
         progress: Called with the stored bytes copied so far and in all.
 
     Raises:
@@ -80,9 +86,10 @@ def load_weights(
     done_bytes = 0
     total_bytes = sum(
         math.prod(stored.shape) * getattr(torch, stored.dtype).itemsize
-        for stored in checkpoint.tensors.values()
+        for name, stored in checkpoint.tensors.items()
+        if name not in mapped
     )
-    for name, place, part in checkpoint.read():
+    for name, place, part in checkpoint.read(n for n in checkpoint.tensors if n not in mapped):
         targets[name][place].copy_(part)
         done_bytes += part.nbytes
         if progress is not None:
@@ -98,6 +105,9 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """Builds the model and loads it, ready to run.
+
+    On a CPU, weights whose bytes serve as they are stay in their files, mapped: nothing is read
+    before it is used, and processes share the pages. Their files must not change meanwhile.
 
     Args:
         checkpoint: What is loaded.
@@ -116,16 +126,19 @@ def load_model(
         dtype = getattr(torch, checkpoint.config.dtype)
     with torch.device("meta"):
         model = Llama(checkpoint.config, num_positions=num_positions)
-    allocated: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
-    for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in allocated:
-                allocated[parameter] = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False
-                )
-            setattr(module, name, allocated[parameter])
+    mapped: set[str] = set()
+    for name, parameter in list(model.named_parameters()):
+        weight = checkpoint.map(name, dtype) if torch.device(device).type == "cpu" else None
+        if weight is None:
+            weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        else:
+            mapped.add(name)
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, nn.Parameter(weight, requires_grad=False))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = cast(nn.Parameter, model.model.embed_tokens.weight)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
-    load_weights(model, checkpoint, progress)
+    load_weights(model, checkpoint, progress, mapped=mapped)
     return model.eval()
 
 
@@ -175,7 +188,8 @@ def _find_in_cache(name: str) -> Path:
     repo = root / f"models--{name.replace('/', '--')}"
     if not repo.is_dir():
         raise FileNotFoundError(
-            f"{name}: no such folder, and not in the Hugging Face cache (looked for {repo})"
+            f"{name}: no such folder, and not in the Hugging Face cache (looked for {repo}); "
+            "download it first, or name a folder"
         )
     reference = repo / "refs" / "main"
     if reference.exists():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .config import DTYPES, LlamaConfig
@@ -119,6 +120,26 @@ class Checkpoint:
         chosen = (piece for piece in self.pieces if piece.name in wanted)
         for piece in sorted(chosen, key=lambda piece: (piece.file.path, piece.entry.offset)):
             yield from _read_piece(piece)
+
+    def map(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Maps a tensor whose bytes in the file serve as they are.
+
+        Args:
+            name: HF's name.
+            dtype: What it must be.
+
+        Returns:
+            The tensor on the file's own pages, or None if it has to be read: it is stored in
+            another dtype or layout, or in several parts. Writing to it never reaches the file.
+
+        Raises:
+            ValueError: The file is shorter than when it was opened.
+        """
+        piece, *more = [piece for piece in self.pieces if piece.name == name]
+        as_stored = piece.rows is None and piece.interleaved_head_dim is None
+        if more or not as_stored or getattr(torch, piece.entry.dtype) != dtype:
+            return None
+        return piece.file.rows(piece.key, 0, piece.shape[0])
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
