@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.backend import BackendUnavailableError
+from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.language_model import LanguageModel
 from ..runtime.memory import available_bytes, format_bytes
 from ..runtime.tokenizer_files import load_tokenizer
 from .cache import cache_bytes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
 from .compiled import TorchBackend
+from .config import LlamaConfig
 
-__all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend"]
+__all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend", "static_shape"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,9 @@ def load_backend(
     checkpoint = open_checkpoint(source or DEMO_FOLDER)
     config = checkpoint.config
     torch_dtype: torch.dtype = getattr(torch, dtype or config.dtype)
-    rows = max_seq_len or min(config.max_position_embeddings, 2048)
-    chunk = min(128, rows) if prefill_len is None else prefill_len
+    shape = static_shape(
+        config, batch_size=batch_size, max_seq_len=max_seq_len, prefill_len=prefill_len
+    )
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"no CUDA device found by torch {torch.__version__}; use --device cpu, or install a "
@@ -107,32 +109,62 @@ def load_backend(
         )
     needed = {
         "weights": weight_bytes(checkpoint, torch_dtype),
-        "cache": cache_bytes(config, batch_size, rows, torch_dtype.itemsize),
+        "cache": cache_bytes(config, batch_size, shape.max_seq_len, torch_dtype.itemsize),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
-    announce(f"{text} ({dtype or config.dtype}, batch {batch_size}, max_seq_len {rows})")
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
     if sum(needed.values()) > free:
         raise BackendUnavailableError(
             f"{text} do not fit in {format_bytes(free)} of free memory; lower --max-seq-len or "
             "--batch-size, or choose a 16-bit --dtype"
         )
+    announce(
+        f"{text} ({dtype or config.dtype}, batch {batch_size}, max_seq_len {shape.max_seq_len})"
+    )
     begin = time.perf_counter()
     progress("loading weights")
     model = load_model(
-        checkpoint,
-        dtype=torch_dtype,
-        device=device,
-        num_positions=max(rows, config.max_position_embeddings),
+        checkpoint, dtype=torch_dtype, device=device, num_positions=shape.num_positions
     )
     load_s = time.perf_counter() - begin
     backend = TorchBackend(
         model,
         batch_size=batch_size,
-        max_seq_len=rows,
-        prefill_lens=(chunk,),
+        max_seq_len=shape.max_seq_len,
+        prefill_lens=shape.prefill_lens,
         compile=compile,
         all_logits=all_logits,
         progress=progress,
     )
     return LoadedModel(backend=backend, checkpoint=checkpoint, load_s=load_s)
+
+
+def static_shape(
+    config: LlamaConfig,
+    *,
+    batch_size: int = 1,
+    max_seq_len: int | None = None,
+    prefill_len: int | None = None,
+) -> StaticShape:
+    """Fills in the sizes that were not asked for.
+
+    Args:
+        config: Supplies max_position_embeddings and vocab_size.
+        batch_size: B.
+        max_seq_len: S; None is max_position_embeddings, at most 2048.
+        prefill_len: P; None is 128, at most S.
+
+    Returns:
+        The backend's sizes.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    rows = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
+    return StaticShape(
+        batch_size=batch_size,
+        max_seq_len=rows,
+        prefill_lens=(min(128, rows) if prefill_len is None else prefill_len,),
+        num_positions=max(rows, config.max_position_embeddings),
+        vocab_size=config.vocab_size,
+    )

@@ -53,7 +53,8 @@ def write_random_checkpoint(
         progress: Called with the bytes written so far and in all.
 
     Raises:
-        ValueError: An argument is out of range, `out` is in use, or the disk is too small.
+        ValueError: An argument is out of range, `out` is in use or can't be made, or the disk is
+            too small.
     """
     if config is None:
         config = preset_config(preset or "")
@@ -68,7 +69,10 @@ def write_random_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already there; name a new or empty folder")
     total_bytes = sum(map(math.prod, shapes.values())) * _torch_dtype(dtype).itemsize
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: can't be made ({error.strerror}); name another folder") from None
     free_bytes = shutil.disk_usage(out.parent).free
     if total_bytes > free_bytes:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,15 +16,18 @@ from .commands import (
     Session,
     chat,
     generate_texts,
-    read_prompts,
     sampling_request,
     score_text,
 )
+from .generate import check_prompt
+from .input_text import read_prompts, read_text
 from .options import build_parser
 from .sampling import SamplingParams
 from .tokenizer_files import load_tokenizer
 
 __all__ = ["main"]
+
+_PIPE_CLOSED = 141
 
 _EXTRAS = {
     "torch": "torch",
@@ -41,15 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `llamac`; None takes the process's own.
 
     Returns:
-        0, 1 for a failed verification, 2 for bad input, 130 after Ctrl-C.
+        0, 1 for a failed verification, 2 for bad input, 130 after Ctrl-C, 141 when nobody reads
+        the output any more.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     commands = {"generate": _generate, "chat": _chat, "score": _score, "init": _init}
     try:
         args = build_parser(commands).parse_args(argv)
-        return args.run(args)
+        exit_code = args.run(args)
+        sys.stdout.flush()
+        return exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return _PIPE_CLOSED
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -64,16 +74,27 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _load(args: argparse.Namespace, *, slots: int = 1, all_logits: bool = False) -> Session:
-    """Loads the torch backend that the options ask for."""
+def _load(
+    args: argparse.Namespace, *, prompts: Sequence[str] = (), all_logits: bool = False
+) -> Session:
+    """Loads the torch backend that the options ask for, once the prompts are known to fit."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads is {args.threads}; it must be at least 1")
 
     from ..model.checkpoint import open_checkpoint
-    from ..model.load import DEMO_FOLDER, load_backend
+    from ..model.load import DEMO_FOLDER, load_backend, static_shape
 
     source = args.model or DEMO_FOLDER
-    tokenizer = load_tokenizer(open_checkpoint(source).folder)
+    checkpoint = open_checkpoint(source)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    shape = static_shape(
+        checkpoint.config,
+        batch_size=max(1, min(len(prompts), 8)) if args.batch_size is None else args.batch_size,
+        max_seq_len=args.max_seq_len,
+        prefill_len=args.prefill_len,
+    )
+    for prompt in prompts:
+        check_prompt(tokenizer.encode(prompt), shape)
 
     import torch
 
@@ -85,9 +106,9 @@ def _load(args: argparse.Namespace, *, slots: int = 1, all_logits: bool = False)
             compile=args.backend == "compile",
             device=args.device,
             dtype=args.dtype,
-            batch_size=slots if args.batch_size is None else args.batch_size,
-            max_seq_len=args.max_seq_len,
-            prefill_len=args.prefill_len,
+            batch_size=shape.batch_size,
+            max_seq_len=shape.max_seq_len,
+            prefill_len=shape.prefill_len,
             all_logits=all_logits,
             announce=lambda text: print(text, file=sys.stderr),
             progress=progress,
@@ -154,6 +175,8 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs is printed as JSON only; add --json")
     prompts = read_prompts(args.prompt, args.prompt_file)
     make_request = sampling_request(
         _sampling(args),
@@ -164,7 +187,7 @@ def _generate(args: argparse.Namespace) -> int:
     )
     make_request((0,))  # refuses bad options before anything is loaded
     return generate_texts(
-        _load(args, slots=min(len(prompts), 8)),
+        _load(args, prompts=prompts),
         prompts,
         make_request=make_request,
         limit_policy=args.limit,
@@ -196,9 +219,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    if not args.text_file.is_file():
-        raise FileNotFoundError(f"{args.text_file}: no such file")
-    return score_text(_load(args, all_logits=True), args.text_file, as_json=args.json)
+    text = read_text(args.text_file)
+    return score_text(_load(args, all_logits=True), text, as_json=args.json)
 
 
 def _init(args: argparse.Namespace) -> int:

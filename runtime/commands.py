@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .backend import Backend
@@ -17,7 +18,14 @@ from .generate import Completion, Event, LimitPolicy, Request, Scheduler, next_c
 from .sampling import SamplingParams, log_softmax
 from .tokenizer import Tokenizer
 
-__all__ = ["INTERRUPTED", "Session", "chat", "generate_texts", "read_prompts", "score_text"]
+__all__ = [
+    "INTERRUPTED",
+    "Session",
+    "chat",
+    "generate_texts",
+    "sampling_request",
+    "score_text",
+]
 
 INTERRUPTED = 130
 
@@ -37,26 +45,6 @@ class Session:
     tokenizer: Tokenizer
     name: str
     startup: dict[str, Any]
-
-
-def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """Collects the prompts of a command line.
-
-    Args:
-        texts: Given on the command line; "-" reads standard input.
-        file: A file holding one prompt.
-
-    Returns:
-        The prompts; one empty prompt (BOS alone) if there are none.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is empty or not UTF-8.
-    """
-    prompts = [sys.stdin.read() if text == "-" else text for text in texts]
-    if file is not None:
-        prompts.append(_read_text(file))
-    return prompts or [""]
 
 
 def generate_texts(
@@ -92,18 +80,16 @@ def generate_texts(
     pages = deque(_Page(prompt) for prompt in prompts)
     by_id = dict(zip(request_ids, pages, strict=True))
     exit_code = 0
-    while not scheduler.idle:
-        try:
-            events = scheduler.step()
-        except KeyboardInterrupt:
-            exit_code = INTERRUPTED
-            for request_id in request_ids:
-                scheduler.cancel(request_id)
-            events = scheduler.step()
-        for event in events:
-            by_id[event.request_id].take(event)
-        if not as_json:
-            _print_pages(pages)
+    with _hold_interrupt() as is_interrupted:
+        while not scheduler.idle:
+            if is_interrupted():
+                exit_code = INTERRUPTED
+                for request_id in request_ids:
+                    scheduler.cancel(request_id)
+            for event in scheduler.step():
+                by_id[event.request_id].take(event)
+            if not as_json:
+                _print_pages(pages)
     completions = [by_id[request_id].completion for request_id in request_ids]
     done = [completion for completion in completions if completion is not None]
     if as_json:
@@ -159,7 +145,7 @@ def chat(
     return 0
 
 
-def score_text(session: Session, file: Path, *, as_json: bool) -> int:
+def score_text(session: Session, text: str, *, as_json: bool) -> int:
     """Prints the perplexity of a text, and with JSON each token's log-probability.
 
     A text longer than the cache is scored in windows of max_seq_len - 1 tokens, each after its own
@@ -167,18 +153,19 @@ def score_text(session: Session, file: Path, *, as_json: bool) -> int:
 
     Args:
         session: What runs; its backend has `score`.
-        file: UTF-8 text.
+        text: What is scored.
         as_json: Print one JSON object instead of a line.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is empty.
+        ValueError: The text is one token without a BOS before it, or the cache holds one token.
     """
     tokenizer, shape = session.tokenizer, session.backend.shape
-    ids = tokenizer.encode(_read_text(file), bos=False)
+    if shape.max_seq_len < 2:
+        raise ValueError(f"max_seq_len is {shape.max_seq_len}; scoring needs at least 2")
+    ids = tokenizer.encode(text, bos=False)
     prefix = tokenizer.encode("", bos=True)
     window = shape.max_seq_len - len(prefix)
     scored: list[tuple[int, float]] = []
@@ -186,7 +173,7 @@ def score_text(session: Session, file: Path, *, as_json: bool) -> int:
         sequence = prefix + ids[begin : begin + window]
         scored.extend(zip(sequence[1:], _logprobs(session.backend, sequence), strict=True))
     if not scored:
-        raise ValueError(f"{file}: {len(ids)} tokens; scoring needs at least two")
+        raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
     mean = sum(logprob for _, logprob in scored) / len(scored)
     perplexity = math.exp(-mean)
     if as_json:
@@ -251,14 +238,24 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(prompt))
 
 
-def _read_text(file: Path) -> str:
+@contextlib.contextmanager
+def _hold_interrupt() -> Iterator[Callable[[], bool]]:
+    """Makes Ctrl-C a question to ask between steps, so that no token is lost in one.
+
+    A second Ctrl-C interrupts wherever it falls.
+    """
+    interrupted = False
+
+    def hold(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, hold)
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text") from None
-    if not text:
-        raise ValueError(f"{file}: the file is empty; write a text into it")
-    return text
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _timing(session: Session, completions: Sequence[Completion]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,16 @@ from .request import Completion, Event, LiveRequest, Request
 from .sampling import Sampler
 from .tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Completion", "Event", "Request", "Scheduler", "generate", "next_chunk", "stream"]
+__all__ = [
+    "Completion",
+    "Event",
+    "Request",
+    "Scheduler",
+    "check_prompt",
+    "generate",
+    "next_chunk",
+    "stream",
+]
 
 LimitPolicy = Literal["stop", "roll"]
 
@@ -84,16 +93,7 @@ class Scheduler:
                 there are stop texts and no tokenizer.
         """
         shape, prompt_ids = self._backend.shape, request.prompt_ids
-        if len(prompt_ids) > shape.max_seq_len:
-            raise ValueError(
-                f"prompt has {len(prompt_ids)} tokens, max_seq_len is {shape.max_seq_len}; "
-                "shorten the prompt or raise max_seq_len"
-            )
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < shape.vocab_size:
-            raise ValueError(
-                f"prompt has ids from {min(prompt_ids)} to {max(prompt_ids)}, vocab_size is "
-                f"{shape.vocab_size}; use the tokenizer of this model"
-            )
+        check_prompt(prompt_ids, shape)
         if request.stop and self._tokenizer is None:
             raise ValueError("stop texts need a tokenizer; give one, or use stop_ids")
         live = LiveRequest(
@@ -237,7 +237,7 @@ def generate(
     return [completions[request_id] for request_id in request_ids]
 
 
-def stream(scheduler: Scheduler, request: Request) -> Iterator[Event]:
+def stream(scheduler: Scheduler, request: Request) -> Generator[Event, None, None]:
     """Yields one request's events as they happen; closing the iterator cancels the request.
 
     It runs the scheduler's steps, so other requests move on too. Several streams can be read in
@@ -265,6 +265,28 @@ def stream(scheduler: Scheduler, request: Request) -> Iterator[Event]:
             yield event
     finally:
         scheduler.cancel(request_id)
+
+
+def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
+    """Refuses a prompt that a backend of this shape can't take.
+
+    Args:
+        prompt_ids: At least one id.
+        shape: The backend's.
+
+    Raises:
+        ValueError: The prompt doesn't fit the cache, or an id is outside the vocabulary.
+    """
+    if len(prompt_ids) > shape.max_seq_len:
+        raise ValueError(
+            f"prompt has {len(prompt_ids)} tokens, max_seq_len is {shape.max_seq_len}; "
+            "shorten the prompt or raise max_seq_len"
+        )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < shape.vocab_size:
+        raise ValueError(
+            f"prompt has ids from {min(prompt_ids)} to {max(prompt_ids)}, vocab_size is "
+            f"{shape.vocab_size}; use the tokenizer of this model"
+        )
 
 
 def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
