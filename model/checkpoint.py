@@ -122,15 +122,14 @@ def load_model(
     Raises:
         ValueError: A file changed since the checkpoint was opened.
     """
-    if dtype is None:
-        dtype = getattr(torch, checkpoint.config.dtype)
+    chosen: torch.dtype = dtype or getattr(torch, checkpoint.config.dtype)
     with torch.device("meta"):
         model = Llama(checkpoint.config, num_positions=num_positions)
     mapped: set[str] = set()
     for name, parameter in list(model.named_parameters()):
-        weight = checkpoint.map(name, dtype) if torch.device(device).type == "cpu" else None
+        weight = checkpoint.map(name, chosen) if torch.device(device).type == "cpu" else None
         if weight is None:
-            weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+            weight = torch.empty(parameter.shape, dtype=chosen, device=device)
         else:
             mapped.add(name)
         module, _, key = name.rpartition(".")
