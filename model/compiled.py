@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ..runtime.backend import BackendUnavailableError, StaticShape
@@ -215,6 +217,10 @@ class TorchBackend:
         calls.append(("decode", lambda: self.decode(ids, ids)))
         compile_s = warmup_s = 0.0
         with _compile_cache() if self._compiled else contextlib.nullcontext():
+            if self._compiled and self._device.type == "cpu":
+                # Inductor tries out the compiler's vector instructions in processes of their own,
+                # which take as long as the tracing before it asks for the result.
+                threading.Thread(target=pick_vec_isa, daemon=True).start()
             for name, call in calls:
                 progress(f"compiling {name}" if self._compiled else f"warming up {name}")
                 begin = time.perf_counter()
