@@ -143,7 +143,7 @@ PLOTS: Mapping[str, Plot] = {
 - {friend} ate [happily|slowly] and laughed again.
 - Together they ate the {lunch}, down to the last crumb.
 
-- Then {friend} showed {hero} how to play {game}, and they played until evening.
+- Then {friend} asked {hero} to play {game}, and they played {game} until evening.
 - In return, {friend} taught {hero} [a secret whistle|a funny dance|a new song].
 
 - The next day, {hero} was the one who had no lunch.
@@ -287,8 +287,8 @@ PLOTS: Mapping[str, Plot] = {
 - "Now look what you did," said {friend}, and ran away.
 - {friend} went home without a word.
 
-- That evening, {hero} sat alone with the {toy}. It was no fun at all.
-- {hero} kept the {toy}, but playing alone made {hero.him} sad.
+- That evening, {hero} sat alone with the {colour} {toy}. It was no fun at all.
+- {hero} kept the {colour} {toy}, but playing alone made {hero.him} sad.
 
 - "A {toy} cannot laugh with you," said {hero.his} {kin}. "A friend can."
 - "What is worth more," asked {hero.his} {kin}, "a {toy} or a friend?"
@@ -429,8 +429,8 @@ PLOTS: Mapping[str, Plot] = {
 - Crash! The {colour} {fragile} fell on the floor and broke into {number} pieces.
 - Then {hero} bumped into the {colour} {fragile}, and it broke into {number} pieces.
 
-- It was the favorite {fragile} of {hero.his} {kin}.
-- Oh no! {hero.His} {kin} loved that {fragile} very much.
+- That {colour} {fragile} was the favorite of {hero.his} {kin}.
+- Oh no! {hero.His} {kin} loved that {colour} {fragile} very much.
 
 - {hero} quickly hid the {number} pieces under [the bed|the rug|the stairs].
 - {hero} put the {number} pieces in a box and told nobody.
@@ -439,10 +439,10 @@ PLOTS: Mapping[str, Plot] = {
 - But that night, {hero.he} could not sleep. {hero.He} thought of the {fragile} again and again.
 
 - "Have you seen my {colour} {fragile}?" asked {hero.his} {kin}.
-- Then {hero.his} {kin} came in. "My {fragile} is gone," {kin.he} said.
+- Then {hero.his} {kin} came in. "My {colour} {fragile} is gone," {kin.he} said.
 
-- {hero} took a deep breath. "It was me, {kin.call}," {hero.he} said. "I broke the {fragile}."
-- "I broke it, {kin.call}," said {hero} in a small voice. "I was playing {game}. I am so sorry."
+- {hero} took a deep breath. "It was me, {kin.call}," {hero.he} said. "I was playing {game}."
+- "I was playing {game} and broke it, {kin.call}," said {hero}. "I am so sorry."
 
 - {hero.His} {kin} was quiet for a moment. "Thank you for telling me the truth," {kin.he} said.
 - "That was brave of you," said {hero.his} {kin}. "The truth is worth more than a {fragile}."
@@ -450,7 +450,7 @@ PLOTS: Mapping[str, Plot] = {
 - They glued the {number} pieces together, and the {fragile} was whole again.
 - They sat down together and mended the {fragile} with glue and patience.
 
-- It had a few cracks now, but {hero.his} {kin} liked it even better.
+- It had a few cracks now, and nobody ever played {game} in the house again.
 - And from that day on, {hero} played {game} only [outside|in the yard].
 """,
     ),
