@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ _Step = Callable[[Tensor, Tensor, Tensor, Tensor, KVCache], Tensor]
 
 # Inductor's default of 512 elements a thread splits the reduction of a matrix-vector product
 # between threads; rows are what should be split.
-_CPU_OPTIONS = {"cpp.min_chunk_size": 65536}
+_CPU_OPTIONS: dict[str, Any] = {"cpp.min_chunk_size": 65536}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +169,7 @@ class TorchBackend:
         if self._graph is not None:
             self._graph.replay()
             return self._graph_logits[:, 0].cpu().numpy()
-        return self._call(self._decode, *self._decode_inputs, self.cache)[:, 0].cpu().numpy()
+        return self._call(self._decode, self._decode_inputs, self.cache)[:, 0].cpu().numpy()
 
     def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> Tensor:
         """[N, V] logits of one chunk."""
@@ -189,18 +190,17 @@ class TorchBackend:
         position = torch.tensor([start])
         inputs = [padded, position, position.clone(), torch.tensor([list(wanted)])]
         step = self._prefill[length]
-        return self._call(step, *(x.to(self._device) for x in inputs), self._slots[slot])[0]
+        return self._call(step, [x.to(self._device) for x in inputs], self._slots[slot])[0]
 
-    @torch.no_grad()
-    def _call(
-        self, step: _Step, ids: Tensor, positions: Tensor, rows: Tensor, last: Tensor, c: KVCache
-    ) -> Tensor:
-        if not (self._compiled and self._warm):
-            return step(ids, positions, rows, last, c)
-        if self._cache_addresses() != self._addresses:
-            raise RuntimeError("the KV cache was reallocated after warm-up")
-        with torch.compiler.set_stance("fail_on_recompile"):
-            return step(ids, positions, rows, last, c)
+    def _call(self, step: _Step, inputs: Sequence[Tensor], cache: KVCache) -> Tensor:
+        ids, positions, rows, last = inputs
+        stance = contextlib.nullcontext()
+        if self._compiled and self._warm:
+            if self._cache_addresses() != self._addresses:
+                raise RuntimeError("the KV cache was reallocated after warm-up")
+            stance = torch.compiler.set_stance("fail_on_recompile")
+        with torch.no_grad(), stance:
+            return step(ids, positions, rows, last, cache)
 
     def _cache_addresses(self) -> list[int]:
         return [buffer.data_ptr() for buffer in (*self.cache.k, *self.cache.v)]
@@ -237,8 +237,9 @@ class TorchBackend:
     def _capture(self) -> None:
         """Records the decode step; its inputs, cache and logits keep their addresses."""
         graph = torch.cuda.CUDAGraph()
+        ids, positions, rows, last = self._decode_inputs
         with torch.no_grad(), torch.cuda.graph(graph):
-            self._graph_logits = self._decode(*self._decode_inputs, self.cache)
+            self._graph_logits = self._decode(ids, positions, rows, last, self.cache)
         self._graph = graph
 
 

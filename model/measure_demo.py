@@ -86,8 +86,9 @@ Temperature 0.8, seeds 0, 1 and 2, from BOS, not selected:
 
 `model.safetensors` ({weight_bytes:,} bytes, float32, input and output embedding shared),
 `tokenizer.model` ({tokenizer_bytes:,} bytes, SentencePiece BPE with byte fallback,
-{config.vocab_size:,} pieces), `config.json` ({config.num_hidden_layers} layers of width {config.hidden_size},
-{config.num_attention_heads} query heads and {config.num_key_value_heads} key/value heads),
+{config.vocab_size:,} pieces), `config.json` ({config.num_hidden_layers} layers of width
+{config.hidden_size}, {config.num_attention_heads} query heads and
+{config.num_key_value_heads} key/value heads),
 `generation_config.json`, `tokenizer_config.json`. License: Apache-2.0, as the rest
 of the project.
 """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from .backend import BackendUnavailableError
 from .chat import ChatTemplate
@@ -19,10 +19,13 @@ from .commands import (
     sampling_request,
     score_text,
 )
-from .generate import check_prompt
-from .input_text import read_prompts, read_text
+from .generate import Request, check_prompt
+from .input_text import read_prompts, read_text, typed_lines
+from .inspect_bundle import describe_bundle, print_bundle
+from .manifest import open_bundle
 from .options import build_parser
 from .sampling import SamplingParams
+from .terminal import progress_bar, status
 from .tokenizer_files import load_tokenizer
 
 __all__ = ["main"]
@@ -49,7 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         the output any more.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    commands = {"generate": _generate, "chat": _chat, "score": _score, "init": _init}
+    commands = {
+        "generate": _generate,
+        "chat": _chat,
+        "score": _score,
+        "export": _export,
+        "run": _run,
+        "inspect": _inspect,
+        "verify": _verify,
+        "doctor": _doctor,
+        "init": _init,
+        "bench": _bench,
+    }
     try:
         args = build_parser(commands).parse_args(argv)
         exit_code = args.run(args)
@@ -100,7 +114,7 @@ def _load(
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with _status() as progress:
+    with status() as progress:
         loaded = load_backend(
             source,
             compile=args.backend == "compile",
@@ -127,44 +141,9 @@ def _load(
     )
 
 
-@contextlib.contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """Shows on a terminal's stderr what is being done; silent in a pipe."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        yield status.update
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows bytes done on a terminal's stderr; silent in a pipe."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, with a prompt on a terminal."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line
-
-
-def _sampling(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
+def _request_maker(args: argparse.Namespace) -> Callable[[tuple[int, ...]], Request]:
+    """From prompt ids to a Request; bad options are refused before anything is loaded."""
+    sampling = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -172,22 +151,34 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-
-
-def _generate(args: argparse.Namespace) -> int:
-    if args.logprobs is not None and not args.json:
+    logprobs = getattr(args, "logprobs", None)
+    if logprobs is not None and not args.json:
         raise ValueError("--logprobs is printed as JSON only; add --json")
-    prompts = read_prompts(args.prompt, args.prompt_file)
     make_request = sampling_request(
-        _sampling(args),
+        sampling,
         max_new_tokens=args.max_new_tokens,
         stop=tuple(args.stop),
         stop_ids=tuple(args.stop_id),
-        logprobs=args.logprobs,
+        logprobs=logprobs,
     )
-    make_request((0,))  # refuses bad options before anything is loaded
+    make_request((0,))
+    return make_request
+
+
+def _generate(args: argparse.Namespace) -> int:
+    make_request = _request_maker(args)
+    prompts = read_prompts(args.prompt, args.prompt_file)
+    return _continue(args, _load(args, prompts=prompts), prompts, make_request)
+
+
+def _continue(
+    args: argparse.Namespace,
+    session: Session,
+    prompts: Sequence[str],
+    make_request: Callable[[tuple[int, ...]], Request],
+) -> int:
     return generate_texts(
-        _load(args, prompts=prompts),
+        session,
         prompts,
         make_request=make_request,
         limit_policy=args.limit,
@@ -200,18 +191,13 @@ def _chat(args: argparse.Namespace) -> int:
     from ..model.checkpoint import open_checkpoint
     from ..model.load import DEMO_FOLDER
 
-    make_request = sampling_request(
-        _sampling(args),
-        max_new_tokens=args.max_new_tokens,
-        stop=tuple(args.stop),
-        stop_ids=tuple(args.stop_id),
-    )
+    make_request = _request_maker(args)
     folder = open_checkpoint(args.model or DEMO_FOLDER).folder
     template = ChatTemplate.load(folder, args.chat_template)
     return chat(
         _load(args),
         template,
-        _lines(),
+        typed_lines(),
         system=args.system,
         make_request=make_request,
         limit_policy=args.limit,
@@ -223,10 +209,75 @@ def _score(args: argparse.Namespace) -> int:
     return score_text(_load(args, all_logits=True), text, as_json=args.json)
 
 
+def _export(args: argparse.Namespace) -> int:
+    from ..export import export_bundle
+    from ..model.checkpoint import open_checkpoint
+
+    with status() as progress:
+        manifest = export_bundle(
+            open_checkpoint(args.checkpoint),
+            args.bundle,
+            targets=args.target or ["cpu"],
+            batch_size=args.batch_size,
+            prefill_len=args.prefill_len,
+            max_seq_len=args.max_seq_len,
+            dtype=args.dtype,
+            progress=progress,
+        )
+    print_bundle(manifest)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    make_request = _request_maker(args)
+    prompts = read_prompts(args.prompt, args.prompt_file)
+    manifest = open_bundle(args.bundle, check=args.check)
+    tokenizer = load_tokenizer(manifest.folder)
+    for prompt in prompts:
+        check_prompt(tokenizer.encode(prompt), manifest.shape)
+
+    from .session import OrtBackend
+
+    with status() as progress:
+        backend = OrtBackend(
+            manifest,
+            provider=args.provider,
+            target=args.target,
+            threads=args.threads,
+            engine_cache=args.engine_cache,
+            prepack=args.prepack,
+            progress=progress,
+        )
+    session = Session(
+        backend=backend,
+        tokenizer=tokenizer,
+        name=f"ort-{args.provider}/{backend.target}",
+        startup={"load_s": backend.load_s},
+    )
+    return _continue(args, session, prompts, make_request)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    manifest = open_bundle(args.bundle, check=args.check)
+    if args.json:
+        print(json.dumps(describe_bundle(manifest)))
+    else:
+        print_bundle(manifest)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
 def _init(args: argparse.Namespace) -> int:
     from ..model.random_weights import write_random_checkpoint
 
-    with _progress_bar("writing weights") as progress:
+    with progress_bar("writing weights") as progress:
         write_random_checkpoint(
             args.preset,
             args.out,
@@ -237,3 +288,9 @@ def _init(args: argparse.Namespace) -> int:
             progress=progress,
         )
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ..perf.bench import main as bench
+
+    return bench(args.rest)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["read_prompts", "read_text"]
+__all__ = ["read_prompts", "read_text", "typed_lines"]
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
@@ -48,6 +48,19 @@ def read_text(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     return _checked_text(file.read_bytes(), str(file))
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, with a prompt on a terminal."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
 
 
 def _given_text(text: str) -> str:

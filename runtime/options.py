@@ -6,9 +6,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from .providers import PROVIDERS
 
 __all__ = ["build_parser"]
+
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -52,6 +55,8 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     score.add_argument("--json", action="store_true", help="also each token's logprob")
     score.set_defaults(run=run["score"])
 
+    _add_bundle_commands(commands, run)
+
     init = commands.add_parser("init", help="write a checkpoint with random weights")
     init.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     init.add_argument("--preset", required=True, metavar="NAME", help="such as tinyllama-1.1b")
@@ -60,7 +65,75 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     init.add_argument("--shards", type=int, default=1, metavar="N")
     init.add_argument("--num-hidden-layers", type=int, metavar="N", help="fewer layers")
     init.set_defaults(run=run["init"])
+
+    doctor = commands.add_parser("doctor", help="what each backend needs, and what is here")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(run=run["doctor"])
+
+    bench = commands.add_parser("bench", help="time backends and peers", add_help=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=run["bench"])
     return parser
+
+
+def _add_bundle_commands(
+    commands: Any, run: Mapping[str, Callable[[argparse.Namespace], int]]
+) -> None:
+    export = commands.add_parser("export", help="write a bundle of ONNX graphs")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or name")
+    export.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to make")
+    export.add_argument(
+        "--target", action="append", choices=tuple(PROVIDERS), help="repeatable (default: cpu)"
+    )
+    export.add_argument("--dtype", choices=_DTYPES, help="of tensorrt and cuda; cpu is float32")
+    export.add_argument("--batch-size", type=int, default=1, metavar="B", help="cache slots")
+    _add_shape_options(export)
+    export.set_defaults(run=run["export"])
+
+    infer = commands.add_parser("run", help="continue prompts with a bundle, without torch")
+    _add_bundle_options(infer)
+    infer.add_argument("--provider", choices=tuple(PROVIDERS), default="cpu")
+    infer.add_argument(
+        "--target", choices=tuple(PROVIDERS), help="graphs (default: the provider's)"
+    )
+    infer.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    infer.add_argument(
+        "--prepack", action="store_true", help="faster steps for a slow start and more memory"
+    )
+    infer.add_argument("--engine-cache", type=Path, metavar="DIR", help="of TensorRT engines")
+    _add_prompt_options(infer)
+    _add_sampling_options(infer)
+    infer.set_defaults(run=run["run"])
+
+    inspect = commands.add_parser("inspect", help="what a bundle holds and needs")
+    _add_bundle_options(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of text")
+    inspect.set_defaults(run=run["inspect"])
+
+    verify = commands.add_parser("verify", help="a bundle's logits against the eager fp32 model")
+    _add_bundle_options(verify)
+    verify.add_argument("--against", metavar="CHECKPOINT", help="default: the bundle's weights")
+    verify.add_argument(
+        "--provider",
+        action="append",
+        choices=tuple(PROVIDERS),
+        help="repeatable (default: what runs)",
+    )
+    verify.add_argument(
+        "--target",
+        action="append",
+        choices=tuple(PROVIDERS),
+        help="repeatable (default: what runs)",
+    )
+    verify.add_argument("--text-file", type=Path, metavar="FILE", help="text to compare on")
+    verify.add_argument("--engine-build", action="store_true", help="build TensorRT-RTX engines")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verify.set_defaults(run=run["verify"])
+
+
+def _add_bundle_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--check", action="store_true", help="hash the weights too")
 
 
 def _add_torch_options(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +145,10 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument("--batch-size", type=int, metavar="B", help="cache slots")
+    _add_shape_options(parser)
+
+
+def _add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq-len",
         type=int,
