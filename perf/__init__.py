@@ -1,1 +1,1 @@
-"""Placeholder docstring."""
+"""Every backend beside its peers and the machine's limit: `llamac bench`."""

@@ -1,0 +1,220 @@
+"""llama.cpp through llama-cpp-python's bindings of its C interface, fed ids and read logits."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .setup import MissingError, Setup, System
+
+__all__ = ["LLAMA_CPP", "permute_rope"]
+
+# Without the native flag a wheel built elsewhere would be compared: it lacks this CPU's
+# instructions.
+_MISSING = (
+    "llama-cpp-python is not installed; CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' "
+    "pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36"
+)
+_BATCH = 512  # tokens of a prompt chunk, llama-bench's default
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+class _LlamaCppRunner:
+    """llama.cpp's decode call.
+
+    Args:
+        setup: `artifact` is a folder holding model.gguf.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        begin = time.perf_counter()
+        try:
+            import llama_cpp  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise MissingError(_MISSING) from error
+        import_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if setup.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+            raise MissingError("this llama-cpp-python is built without CUDA; add -DGGML_CUDA=ON")
+        assert setup.artifact is not None
+        self._api: Any = llama_cpp
+        self._setup = setup
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0 if setup.device == "cpu" else 999
+        path = str(Path(setup.artifact, "model.gguf"))
+        self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), options)
+        if not self._model:
+            raise MissingError(f"llama.cpp refused {path}")
+        self._context: Any = self._make_context()
+        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocab)
+        self._batch: Any = llama_cpp.llama_batch_init(_BATCH * setup.batch_size, 0, 1)
+        self._position = 0
+        self.precision = setup.dtype
+        self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
+        self.facts: dict[str, object] = {
+            "llama-cpp-python": llama_cpp.__version__,
+            "features": llama_cpp.llama_print_system_info().decode(),
+        }
+
+    def reset(self) -> None:
+        """See Runner."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._position = 0
+
+    def extend(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        for begin in range(0, ids.shape[1], _BATCH):
+            chunk = ids[:, begin : begin + _BATCH]
+            logits = self._run(chunk)
+        return logits
+
+    def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        return self._run(ids[:, None])
+
+    def seek(self, position: int) -> None:
+        """See Runner; feeds tokens."""
+        if position > self._position:
+            count = position - self._position
+            self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
+
+    def _run(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        batch = self._batch
+        num_rows, num_tokens = ids.shape
+        batch.n_tokens = ids.size
+        for i, token in enumerate(ids.flatten().tolist()):
+            batch.token[i] = token
+            batch.pos[i] = self._position + i % num_tokens
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i // num_tokens
+            batch.logits[i] = i % num_tokens == num_tokens - 1
+        code = self._api.llama_decode(self._context, batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        self._position += num_tokens
+        rows = [
+            self._api.llama_get_logits_ith(self._context, row * num_tokens + num_tokens - 1)
+            for row in range(num_rows)
+        ]  # waits for the computation
+        return np.stack([np.ctypeslib.as_array(row, (self._vocab_size,)) for row in rows])
+
+    def _make_context(self) -> Any:
+        api, setup = self._api, self._setup
+        options = api.llama_context_default_params()
+        options.n_ctx = setup.max_seq_len * setup.batch_size
+        options.n_batch = _BATCH * setup.batch_size
+        options.n_seq_max = setup.batch_size
+        options.n_threads = options.n_threads_batch = setup.threads
+        if setup.dtype == "float32":  # its 16-bit default would round what the others keep
+            options.type_k = options.type_v = api.GGML_TYPE_F32
+        context = api.llama_init_from_model(self._model, options)
+        if not context:
+            raise MissingError(f"llama.cpp has no context of {options.n_ctx} tokens")
+        return context
+
+
+def permute_rope(weight: Any, num_heads: int) -> Any:
+    """Reorders q or k rows from rotate-half to llama.cpp's pairs: row i + D/2 follows row i.
+
+    Args:
+        weight: [heads * D, E].
+        num_heads: Heads in the weight.
+
+    Returns:
+        The same shape.
+    """
+    rows, width = weight.shape
+    halves = weight.reshape(num_heads, 2, rows // num_heads // 2, width)
+    return halves.swapaxes(1, 2).reshape(rows, width)
+
+
+def _build(setup: Setup, out: Path) -> None:
+    """Writes the checkpoint as model.gguf: weights in setup.dtype, norms in float32."""
+    try:
+        import llama_cpp  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise MissingError(_MISSING) from None
+    try:
+        import gguf  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise MissingError("gguf is not installed; pip install 'llamac[perf]'") from None
+    import torch
+
+    from ..model.checkpoint import load_model, open_checkpoint
+
+    checkpoint = open_checkpoint(setup.model)
+    config = checkpoint.config
+    if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
+        raise MissingError("llama.cpp is compared on models without RoPE scaling or biases only")
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    kind = gguf.GGMLQuantizationType[kinds[setup.dtype]]
+    dtype = getattr(torch, setup.dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(out / "model.gguf"), "llama", use_temp_file=True)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind.name}" if kind else "ALL_F32"]))
+    writer.add_tokenizer_model("no_vocab")
+    model = load_model(checkpoint, num_positions=1, dtype=dtype)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        target = _gguf_name(name)
+        part = target.split(".")[-2]
+        if part in heads:
+            weight = permute_rope(weight, heads[part])
+        if weight.dim() == 1:
+            writer.add_tensor(target, weight.float().numpy())
+        else:
+            raw = weight.contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(target, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
+    stem = name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, layer, inner = stem.split(".", 3)
+        return f"blk.{layer}.{_NAMES[inner]}.weight"
+    return f"{_NAMES[stem]}.weight"
+
+
+LLAMA_CPP = System(open=_LlamaCppRunner, build=_build, artifact=lambda setup: f"gguf-{setup.dtype}")

@@ -1,0 +1,232 @@
+"""Other systems on the same weights: transformers and onnxruntime-genai."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .setup import MissingError, Runner, Setup, System
+
+__all__ = ["GENAI", "TRANSFORMERS", "TRANSFORMERS_STATIC"]
+
+
+class _TransformersRunner:
+    """transformers' LlamaForCausalLM; its own cache, one id at a time after the prompt.
+
+    Args:
+        setup: Sizes, dtype and device.
+        static: Preallocate the cache and compile the decode step, which is what transformers'
+            `generate` does with a static cache.
+    """
+
+    def __init__(self, setup: Setup, *, static: bool) -> None:
+        begin = time.perf_counter()
+        try:
+            import torch
+            import transformers
+        except ModuleNotFoundError as error:
+            raise MissingError(f"{error.name} is not installed; pip install transformers") from None
+        torch.set_num_threads(setup.threads)
+        transformers.utils.logging.set_verbosity_error()
+        import_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if not (Path(setup.model) / "config.json").exists():
+            raise MissingError(
+                f"{setup.model} is not a Hugging Face folder; transformers needs one"
+            )
+        self._torch: Any = torch
+        self._model: Any = transformers.LlamaForCausalLM.from_pretrained(
+            setup.model, dtype=getattr(torch, setup.dtype), device_map=setup.device
+        ).eval()
+        self._transformers: Any = transformers
+        self._setup = setup
+        self._static = static
+        self.precision = setup.dtype
+        self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
+        self.facts: dict[str, object] = {"transformers": transformers.__version__}
+        self._step: Any = self._model
+        self._cache: Any = None
+        self.reset()
+        if static:
+            mode = "reduce-overhead" if setup.device == "cuda" else "default"
+            self._step = torch.compile(self._model, mode=mode, fullgraph=True, dynamic=False)
+            self.phases["compile_s"] = self._compile()
+
+    def reset(self) -> None:
+        """See Runner."""
+        self._position = 0
+        if not self._static:
+            self._cache = self._transformers.DynamicCache(config=self._model.config)
+        elif self._cache is None:
+            self._cache = self._transformers.StaticCache(
+                config=self._model.config, max_cache_len=self._setup.max_seq_len
+            )
+        else:
+            self._cache.reset()
+
+    def extend(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner; the whole prompt at once, eagerly."""
+        return self._forward(self._model, ids)
+
+    def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        return self._forward(self._step, ids[:, None])
+
+    def seek(self, position: int) -> None:
+        """See Runner; feeds tokens."""
+        while self._position < position:
+            count = min(512, position - self._position)
+            self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
+
+    def _forward(self, call: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        torch = self._torch
+        count = ids.shape[1]
+        # Inference mode would make the compiled step's guards differ from its warm-up's.
+        with torch.no_grad():
+            out = call(
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids)).to(self._setup.device),
+                position_ids=torch.arange(
+                    self._position, self._position + count, device=self._setup.device
+                )[None].expand(len(ids), -1),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._position += count
+        return out.logits[:, -1].float().cpu().numpy()
+
+    def _compile(self) -> float:
+        begin = time.perf_counter()
+        ids = np.zeros((self._setup.batch_size, 1), dtype=np.int64)
+        self.extend(ids)
+        for _ in range(3):  # the first compiles, a CUDA graph is recorded by the next ones
+            self.decode(ids)
+        self.reset()
+        return time.perf_counter() - begin
+
+
+class _GenaiRunner:
+    """onnxruntime-genai's generator, fed ids through append_tokens.
+
+    Args:
+        setup: `artifact` is a folder that genai's model builder wrote.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        begin = time.perf_counter()
+        try:
+            import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError:
+            raise MissingError(_GENAI_MISSING) from None
+        import_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        assert setup.artifact is not None
+        options = {"intra_op_num_threads": setup.threads}
+        config = genai.Config(setup.artifact)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._genai: Any = genai
+        self._model: Any = genai.Model(config)
+        self._setup = setup
+        self._position = 0
+        self.precision = _genai_precision(setup)
+        self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
+        self.facts: dict[str, object] = {"onnxruntime-genai": genai.__version__}
+        self.reset()
+
+    def reset(self) -> None:
+        """See Runner; a generator is as cheap as its cache."""
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(
+            max_length=self._setup.max_seq_len,
+            batch_size=self._setup.batch_size,
+            do_sample=False,
+            past_present_share_buffer=True,
+        )
+        self._generator: Any = None  # the old cache goes before the new one comes
+        self._generator = self._genai.Generator(self._model, params)
+        self._position = 0
+
+    def extend(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        self._generator.append_tokens(ids.astype(np.int32))
+        self._position += ids.shape[1]
+        return self._generator.get_logits()[:, -1]
+
+    def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        return self.extend(ids[:, None])
+
+    def seek(self, position: int) -> None:
+        """See Runner; feeds tokens."""
+        while self._position < position:
+            count = min(512, position - self._position)
+            self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
+
+
+_GENAI_MISSING = "onnxruntime-genai is not installed; pip install onnxruntime-genai"
+
+
+def _genai_precision(setup: Setup) -> str:
+    """The builder has no 16-bit graphs for CPUs."""
+    return "float32" if setup.device == "cpu" else setup.dtype
+
+
+def _build_genai(setup: Setup, out: Path) -> None:
+    """Runs genai's model builder, which needs a tokenizer beside the weights."""
+    try:
+        import onnxruntime_genai  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from onnxruntime_genai.models.builder import create_model  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            _GENAI_MISSING if "genai" in str(error.name) else f"pip install {error.name}"
+        ) from None
+    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    with TemporaryDirectory() as work, contextlib.chdir(work):
+        source = Path(work, "model")
+        source.mkdir()
+        for entry in Path(setup.model).resolve().iterdir():
+            (source / entry.name).symlink_to(entry)
+        if not list(source.glob("tokenizer*")):
+            _write_stand_in_tokenizer(source)
+        create_model(
+            "",
+            str(source),
+            str(out),
+            precision[_genai_precision(setup)],
+            setup.device,
+            str(Path(work, "cache")),
+        )
+
+
+def _write_stand_in_tokenizer(folder: Path) -> None:
+    """The builder copies a tokenizer; random weights have none, and only ids are fed here."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(
+        str(folder / "tokenizer.json")
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _transformers(*, static: bool) -> System:
+    def open_it(setup: Setup) -> Runner:
+        return _TransformersRunner(setup, static=static)
+
+    return System(open=open_it, compiles=static)
+
+
+TRANSFORMERS = _transformers(static=False)
+TRANSFORMERS_STATIC = _transformers(static=True)
+GENAI = System(
+    open=_GenaiRunner,
+    build=_build_genai,
+    artifact=lambda setup: f"genai-{setup.device}-{_genai_precision(setup)}",
+)

@@ -1,0 +1,234 @@
+"""The least a step can cost: exact bytes and FLOPs over the rates that this machine reaches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..model.config import LlamaConfig
+from ..model.stored import weight_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LimitProbe", "Limits", "Work", "decode_work", "prefill_work"]
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a computation has to read, write and multiply, whoever does it.
+
+    Attributes:
+        weight_bytes: Every weight once, of the embedding only the rows looked up.
+        live_kv_bytes: The cache rows of the tokens so far, the new ones included.
+        wasted_kv_bytes: The other rows of the static cache; not needed, and not in the limit.
+        logits_bytes: The float32 logits written.
+        flops: A multiplication and an addition count as two.
+    """
+
+    weight_bytes: int
+    live_kv_bytes: int
+    wasted_kv_bytes: int
+    logits_bytes: int
+    flops: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Everything but the waste."""
+        return self.weight_bytes + self.live_kv_bytes + self.logits_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Rates measured on this machine.
+
+    Attributes:
+        read_bytes_per_s: Reading an array much larger than the caches.
+        flops_per_s: Matrix product of large matrices, by dtype.
+    """
+
+    read_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+
+    def least_s(self, work: Work, dtype: str) -> float:
+        """Seconds below which the work can't be done: memory or arithmetic, whichever is slower.
+
+        Args:
+            work: What is to be done.
+            dtype: What it is computed in.
+
+        Returns:
+            Seconds.
+        """
+        memory_s = work.needed_bytes / self.read_bytes_per_s
+        return max(memory_s, work.flops / self.flops_per_s[dtype])
+
+
+def decode_work(
+    config: LlamaConfig, *, item_bytes: int, batch_size: int, context: int, max_seq_len: int
+) -> Work:
+    """Counts one decode step.
+
+    Args:
+        config: The model's facts.
+        item_bytes: Of a weight and of a cache element.
+        batch_size: B.
+        context: Live tokens of each sequence before the step.
+        max_seq_len: S.
+
+    Returns:
+        The work.
+    """
+    live = context + 1
+    row = _kv_row_bytes(config, item_bytes) * batch_size
+    products = 2 * (_layer_products(config) + _head_products(config))
+    scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * live
+    return Work(
+        weight_bytes=_weight_bytes(config, item_bytes, looked_up=batch_size),
+        live_kv_bytes=row * live,
+        wasted_kv_bytes=row * max(max_seq_len - live, 0),
+        logits_bytes=4 * batch_size * config.vocab_size,
+        flops=batch_size * (products + scores),
+    )
+
+
+def prefill_work(
+    config: LlamaConfig, *, item_bytes: int, batch_size: int, num_tokens: int, max_seq_len: int
+) -> Work:
+    """Counts a prompt of every sequence; the head runs on the last token alone.
+
+    Args:
+        config: The model's facts.
+        item_bytes: Of a weight and of a cache element.
+        batch_size: B.
+        num_tokens: Of each prompt.
+        max_seq_len: S.
+
+    Returns:
+        The work.
+    """
+    row = _kv_row_bytes(config, item_bytes) * batch_size
+    products = 2 * (_layer_products(config) * num_tokens + _head_products(config))
+    pairs = num_tokens * (num_tokens + 1) // 2  # token n attends to n tokens
+    scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    return Work(
+        weight_bytes=_weight_bytes(config, item_bytes, looked_up=batch_size * num_tokens),
+        live_kv_bytes=row * num_tokens,
+        wasted_kv_bytes=row * max(max_seq_len - num_tokens, 0),
+        logits_bytes=4 * batch_size * config.vocab_size,
+        flops=batch_size * (products + scores),
+    )
+
+
+class LimitProbe:
+    """Measures the machine's rates; built once, so that a measurement allocates nothing.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+        num_bytes: Size of the array read; many times the last cache.
+        matrix_size: Rows and columns of the matrices multiplied.
+    """
+
+    def __init__(self, *, device: str, threads: int, num_bytes: int, matrix_size: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._torch: Any = torch
+        self._device = device
+        self._array = torch.ones(num_bytes // 4, device=device)
+        size = (matrix_size, matrix_size)
+        dtypes = [torch.float32, torch.bfloat16]
+        if device == "cuda":  # half a minute a product on CPUs without float16 arithmetic
+            dtypes.append(torch.float16)
+        self._matrices = {
+            str(dtype).removeprefix("torch."): torch.full(size, 0.5, dtype=dtype, device=device)
+            for dtype in dtypes
+        }
+
+    def measure(self, repeats: int = 3) -> dict[str, Any]:
+        """Runs every kernel and keeps the best of each.
+
+        Args:
+            repeats: Calls of each kernel.
+
+        Returns:
+            `read_bytes_per_s` by kernel and `flops_per_s` by dtype.
+        """
+        # Which kernel reads fastest depends on the machine; a limit is the best of them.
+        table = self._array.view(-1, 4096)
+        vector = self._torch.ones(4096, device=self._device)
+        readers: dict[str, Callable[[], Tensor]] = {
+            "sum": self._array.sum,
+            "max": self._array.max,
+            "norm": self._array.norm,
+            "dot": lambda: self._array @ self._array,
+            "matrix-vector": lambda: table @ vector,
+        }
+        size = self._array.nbytes
+        reads = {name: size / self._best_s(call, repeats) for name, call in readers.items()}
+        rates = {}
+        for name, matrix in self._matrices.items():
+            flops = 2 * matrix.shape[0] ** 3
+            rates[name] = flops / self._best_s(lambda m=matrix: m @ m, repeats)
+        return {"read_bytes_per_s": reads, "flops_per_s": rates}
+
+    def _best_s(self, call: Callable[[], Tensor], repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            if self._device == "cuda":
+                self._torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+
+def best_limits(samples: list[dict[str, Any]]) -> Limits:
+    """The fastest of several measurements.
+
+    Args:
+        samples: What LimitProbe.measure returned, at least one.
+
+    Returns:
+        The limits; float16's rate is bfloat16's where it wasn't measured.
+    """
+    dtypes = samples[0]["flops_per_s"]
+    rates = {dtype: max(sample["flops_per_s"][dtype] for sample in samples) for dtype in dtypes}
+    return Limits(
+        read_bytes_per_s=max(max(sample["read_bytes_per_s"].values()) for sample in samples),
+        flops_per_s={"float16": rates["bfloat16"], **rates},
+    )
+
+
+def _weight_bytes(config: LlamaConfig, item_bytes: int, *, looked_up: int) -> int:
+    shapes = weight_shapes(config)
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    if not config.tie_word_embeddings:
+        vocab_size, width = shapes[_EMBEDDING]
+        elements += width * (min(looked_up, vocab_size) - vocab_size)
+    return elements * item_bytes
+
+
+def _layer_products(config: LlamaConfig) -> int:
+    """Multiplications of one token with the layers' matrices."""
+    shapes = weight_shapes(config)
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith("model.layers.") and len(shape) == 2
+    )
+
+
+def _head_products(config: LlamaConfig) -> int:
+    return config.vocab_size * config.hidden_size
+
+
+def _kv_row_bytes(config: LlamaConfig, item_bytes: int) -> int:
+    """A token's keys and values in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes
