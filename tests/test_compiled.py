@@ -87,9 +87,7 @@ def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
     with pytest.raises(RuntimeError, match="fail_on_recompile"):
         single._call(
             single._decode,
-            torch.zeros((1, 2), dtype=torch.int64),
-            *(torch.zeros(1, dtype=torch.int64) for _ in range(2)),
-            torch.zeros((1, 1), dtype=torch.int64),
+            [torch.zeros(size, dtype=torch.int64) for size in ((1, 2), (1,), (1,), (1, 1))],
             single.cache,
         )
 
