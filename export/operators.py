@@ -31,7 +31,7 @@ class StandardAttention(ExportAttention):
 
     TensorScatter with a cache that is a graph input and a graph output is TensorRT's in-place
     write. Attention has an explicit bool mask and one output: TensorRT ignores nonpad_kv_seqlen,
-    and its causal alignment is unspecified where S > T.
+    and its causal alignment is unspecified where S > T. In float32 it is written out.
     """
 
     def prepare(
@@ -59,10 +59,12 @@ class StandardAttention(ExportAttention):
         # TensorRT's parser scales q and k by a rounded 1 / D**0.25 each, over the whole cache.
         scale = q.shape[-1] ** -0.5
         q = _rotate(q.transpose(1, 2), cos, sin, scale=scale)  # [B, H, T, D]
+        if q.dtype == torch.float32:
+            return _attend(q, k_cache, v_cache, mask).transpose(1, 2)
         out = torch.onnx.ops.symbolic(
             "Attention",
             (q, k_cache, v_cache, mask),
-            {"scale": 1.0, "softmax_precision": 1},  # 1: float32; the default is q's type
+            {"scale": 1.0},  # TensorRT refuses softmax_precision
             dtype=q.dtype,
             shape=q.shape,
             version=24,
@@ -122,6 +124,22 @@ def _rotate(
     """RotaryEmbedding, which wants one type, in float32; num_heads is for a 3-D x."""
     out = torch.onnx.ops.rotary_embedding(x.float(), cos, sin, num_heads=num_heads)
     return (out if scale == 1.0 else out * scale).to(x.dtype)
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q [B, H, T, D], already scaled, in plain products.
+
+    TensorRT has kernels for 16-bit Attention only, and splits the operator up where an attribute
+    of its own allows that, which is not ONNX.
+    """
+    batch, num_heads, num_tokens, head_dim = q.shape
+    num_kv_heads, num_rows = k_cache.shape[1:3]
+    # The heads that share a key become its queries, so that no key is repeated.
+    grouped = q.reshape(batch, num_kv_heads, -1, head_dim)  # [B, K, H/K*T, D]
+    scores = (grouped @ k_cache.transpose(2, 3)).view(batch, num_kv_heads, -1, num_tokens, num_rows)
+    scores = torch.where(mask[:, :, None], scores, float("-inf"))  # [B, K, H/K, T, S]
+    weights = scores.softmax(-1).view(batch, num_kv_heads, -1, num_rows)
+    return (weights @ v_cache).view(batch, num_heads, num_tokens, head_dim)
 
 
 def _scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
