@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.compare import compare_logits
 from .artifacts import Model, build_artifact
-from .check import compare_logits
 from .machine import device_used_bytes
 from .process import Worker, WorkerError
 from .setup import MissingError, Setup
@@ -320,7 +320,7 @@ class _Reference:
             "check", prompt=self.prompt, forced=self.forced, num_new=self.num_new, out=str(out)
         )
         verdict = compare_logits(np.load(self.logits), np.load(out), entry.result["precision"])
-        entry.result["check"] = {"error": verdict.error, "message": verdict.message}
+        entry.result["check"] = {"error": verdict.relative_error, "message": verdict.message}
         entry.result["status"] = "ok"
         if not verdict.passed:
             entry.stop("FAIL", f"wrong logits: {verdict.message}")
