@@ -6,9 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Linear"]
+__all__ = ["STORAGE_DTYPES", "Linear", "multiply_in_float32"]
 
-_CASCADE = 4096
+# Up to how many rows the written-out sum is the fastest form.
+_FEW_ROWS, _FEW_ROWS_16_BIT = 4, 8
+_CASCADE = 4096  # elements; longer sums are cascaded, a third slower
+_BLOCK_ELEMENTS = 1 << 20  # of weights in float32 at a time: 4 MiB, within a CPU's cache
+
+# Dtypes that this CPU stores but has no arithmetic for: their products run several times slower
+# than float32's.
+STORAGE_DTYPES = frozenset(
+    dtype
+    for dtype, has_arithmetic in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    )
+    if not has_arithmetic()
+)
 
 
 class Linear(nn.Module):
@@ -31,9 +45,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
 
-        One row on a CPU is a matrix-vector product, bound by reading the weight; the code
-        Inductor generates for the written-out sum reads it about twice as fast as the BLAS call.
-        Eager mode would materialize the product, so it takes the BLAS call.
+        On a CPU a product with few rows is bound by reading the weight; the code Inductor
+        generates for the written-out sum reads it faster than the BLAS call does. Eager mode
+        would materialize the product, so it takes the BLAS call.
 
         Args:
             x: [M, in_features].
@@ -41,29 +55,60 @@ class Linear(nn.Module):
         Returns:
             [M, out_features] in x's dtype.
         """
-        one_row = x.shape[0] == 1 and x.device.type == "cpu"
-        if one_row and torch.compiler.is_dynamo_compiling():
-            out = _matrix_vector(self.weight, x)[None]
-            return out if self.bias is None else out + self.bias
+        if x.device.type == "cpu" and not torch.compiler.is_exporting():
+            limit = _FEW_ROWS if x.dtype == torch.float32 else _FEW_ROWS_16_BIT
+            few_rows = x.shape[0] <= limit
+            if few_rows and torch.compiler.is_dynamo_compiling():
+                return self._add_bias(_written_out(self.weight, x))
+            if not few_rows and x.dtype in STORAGE_DTYPES:
+                return self._add_bias(multiply_in_float32(x, self.weight))
         return F.linear(x, self.weight, self.bias)
 
+    def _add_bias(self, out: Tensor) -> Tensor:
+        return out if self.bias is None else out + self.bias
 
-def _matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
+
+@torch.library.custom_op("llamac::multiply_in_float32", mutates_args=(), device_types="cpu")
+def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies as Linear does, a block of the weight at a time converted to float32.
+
+    Args:
+        x: [M, K], 16-bit.
+        weight: [N, K] in x's dtype.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    num_rows, width = weight.shape
+    columns = x.float().t().contiguous()  # [K, M]
+    out = columns.new_empty(num_rows, x.shape[0])
+    buffer = columns.new_empty(min(num_rows, max(1, _BLOCK_ELEMENTS // width)), width)
+    for start in range(0, num_rows, len(buffer)):
+        part = weight[start : start + len(buffer)]
+        torch.mm(buffer[: len(part)].copy_(part), columns, out=out[start : start + len(part)])
+    return out.t().to(x.dtype, memory_format=torch.contiguous_format)
+
+
+@multiply_in_float32.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _written_out(weight: Tensor, x: Tensor) -> Tensor:
     """The product as a sum that Inductor turns into a loop over the weight's rows.
 
     Args:
         weight: [N, K].
-        x: [1, K].
+        x: [M, K].
 
     Returns:
-        [N].
+        [M, N] in x's dtype.
     """
     num_rows, width = weight.shape
-    # as_strided makes Inductor store x: it would recompute the norm or SiLU before it for each row.
-    x = torch.as_strided(x, (width,), (1,))
-    # Sums of more than 4096 elements are cascaded, a third slower.
+    # as_strided makes Inductor store x, in float32: it would recompute the norm or SiLU before it,
+    # and the conversion, for each row.
+    rows = torch.as_strided(x.float().contiguous(), x.shape, (width, 1))
     chunks = next((n for n in range(-(-width // _CASCADE), 17) if width % n == 0), 1)
-    if chunks == 1:
-        return (weight * x).sum(dim=-1)
-    parts = weight.view(num_rows, chunks, -1) * x.view(chunks, -1)
-    return parts.sum(dim=-1, dtype=torch.float32).sum(dim=-1).to(weight.dtype)
+    parts = weight.view(num_rows, 1, chunks, -1) * rows.view(len(x), chunks, -1)
+    out = parts.sum(dim=-1).sum(dim=-1) if chunks > 1 else parts[:, :, 0].sum(dim=-1)
+    return out.t().to(x.dtype)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import STORAGE_DTYPES
+
 __all__ = ["attend_live"]
 
 
@@ -33,13 +35,15 @@ def attend_live(
     k, v = k_cache[:, :, :live], v_cache[:, :, :live]
     seen = mask[..., :live]
     if num_tokens > 1:
+        if q.dtype in STORAGE_DTYPES:
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
     else:
         # The heads that share a key become its queries: each key is read once, not once a head.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
         out = F.scaled_dot_product_attention(grouped, k, v, seen if q.shape[0] > 1 else None)
         out = out.reshape(q.shape)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).to(k_cache.dtype).contiguous()
 
 
 @attend_live.register_fake

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TOLERANCE
+from torch import Tensor
+
+from llamac.model.linear import Linear, multiply_in_float32
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_linear(width: int, num_out: int, dtype: torch.dtype, *, bias: bool = False) -> Linear:
+    torch.manual_seed(width)
+    linear = Linear(width, num_out, bias=bias).requires_grad_(False)
+    torch.nn.init.normal_(linear.weight, std=width**-0.5)
+    if linear.bias is not None:
+        torch.nn.init.normal_(linear.bias)
+    return linear.to(dtype)
+
+
+def assert_close_to_exact(out: Tensor, x: Tensor, linear: Linear) -> None:
+    exact = x.double() @ linear.weight.double().t()
+    if linear.bias is not None:
+        exact = exact + linear.bias.double()
+    atol, rtol = TOLERANCE[str(x.dtype).removeprefix("torch.")]
+    assert out.dtype == x.dtype
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), exact, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 3, 9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_eager(num_rows: int, dtype: torch.dtype, bias: bool):
+    linear = random_linear(48, 20, dtype, bias=bias)
+    x = torch.randn(num_rows, 48).to(dtype)
+    assert_close_to_exact(linear(x), x, linear)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 5632])  # the longer one is summed in two parts
+def test_compiled_with_few_rows_and_with_many(width: int, dtype: torch.dtype):
+    linear = random_linear(width, 20, dtype, bias=True)
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False)
+    for num_rows in (1, 3, 9):
+        x = torch.randn(num_rows, width).to(dtype)
+        assert_close_to_exact(compiled(x).contiguous(), x, linear)
+
+
+@pytest.mark.parametrize("num_out", [1, 7, 4096])
+def test_weights_are_converted_in_blocks(num_out: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llamac.model.linear._BLOCK_ELEMENTS", 64 * 5)
+    linear = random_linear(64, num_out, torch.bfloat16)
+    x = torch.randn(11, 64).bfloat16()
+    assert_close_to_exact(multiply_in_float32(x, linear.weight), x, linear)
+
+
+def test_the_operator_is_well_formed():
+    x = torch.randn(9, 16).bfloat16()
+    weight = torch.randn(5, 16).bfloat16()
+    torch.library.opcheck(multiply_in_float32, (x, weight))
