@@ -14,6 +14,7 @@ from typing import Any
 from ..model.config import DTYPES
 from ..runtime.cache_folder import cache_folder
 from ..runtime.manifest import open_bundle
+from ..runtime.options import OneLineParser
 from .artifacts import find_model
 from .machine import describe_machine, find_commit, package_versions
 from .measure import Plan, open_group, run_cases, run_sweep, sweep_contexts
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `llamac bench`."""
-    parser = argparse.ArgumentParser(prog="llamac bench", description=__doc__)
+    parser = OneLineParser(prog="llamac bench", description=__doc__)
     parser.add_argument(
         "--model",
         metavar="PATH|NAME",

@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 
 from .providers import PROVIDERS
 
-__all__ = ["build_parser"]
+__all__ = ["OneLineParser", "build_parser"]
 
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -32,7 +32,7 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     Returns:
         A parser whose result has the chosen function as `run`; its errors are one line.
     """
-    parser = _Parser(prog="llamac", description="A compiler for LLaMA checkpoints.")
+    parser = OneLineParser(prog="llamac", description="A compiler for LLaMA checkpoints.")
     parser.add_argument("--version", action="version", version=f"llamac {version('llamac')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -70,7 +70,10 @@ def build_parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.set_defaults(run=run["doctor"])
 
-    bench = commands.add_parser("bench", help="time backends and peers", add_help=False)
+    # Its options are its own parser's: here no word is an option, so all of them are passed on.
+    bench = commands.add_parser(
+        "bench", help="time backends and peers", add_help=False, prefix_chars="\0"
+    )
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     bench.set_defaults(run=run["bench"])
     return parser
