@@ -62,7 +62,7 @@ def load(source: str | Path | None = None, **options: object) -> LanguageModel:
 
 
 def load_backend(
-    source: str | Path | None = None,
+    source: Checkpoint | str | Path | None = None,
     *,
     compile: bool = True,
     device: str = "cpu",
@@ -77,7 +77,8 @@ def load_backend(
     """Loads a checkpoint into a torch backend.
 
     Args:
-        source: Folder, file, or name in the local Hugging Face cache; None is the demo model.
+        source: An open checkpoint, or a folder, file, or name in the local Hugging Face cache;
+            None is the demo model.
         compile: Whether to compile; False runs eagerly.
         device: "cpu" or "cuda".
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's own.
@@ -96,7 +97,8 @@ def load_backend(
         ValueError: The checkpoint or an option is refused; the message says why.
         BackendUnavailableError: The machine lacks the device, a compiler or the memory.
     """
-    checkpoint = open_checkpoint(source or DEMO_FOLDER)
+    opened = isinstance(source, Checkpoint)
+    checkpoint = source if opened else open_checkpoint(source or DEMO_FOLDER)
     config = checkpoint.config
     torch_dtype: torch.dtype = getattr(torch, dtype or config.dtype)
     shape = static_shape(

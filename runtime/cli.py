@@ -267,7 +267,24 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from ..export.verification import format_verification, verification_json, write_report
+    from ..export.verify import verify_bundle
+
+    text = None if args.text_file is None else read_text(args.text_file)
+    manifest = open_bundle(args.bundle, check=args.check)
+    with status() as progress:
+        result = verify_bundle(
+            manifest,
+            against=args.against,
+            providers=args.provider or (),
+            targets=args.target or (),
+            text=text,
+            engine_build=args.engine_build,
+            progress=progress,
+        )
+    print(verification_json(result) if args.json else format_verification(result))
+    print(f"report: {write_report(result, manifest.folder)}", file=sys.stderr)
+    return 0 if result.passed else 1
 
 
 def _doctor(args: argparse.Namespace) -> int:
