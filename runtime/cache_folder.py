@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "cache_root"]
+
+
+def cache_root() -> Path:
+    """The folder of all caches, `$XDG_CACHE_HOME/llamac` or `~/.cache/llamac`; it may be absent."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamac"
 
 
 def cache_folder(name: str) -> Path:
@@ -15,10 +20,9 @@ def cache_folder(name: str) -> Path:
         name: What it is for.
 
     Returns:
-        `$XDG_CACHE_HOME/llamac/name`, or `~/.cache/llamac/name`.
+        The folder of this name below cache_root().
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "llamac" / name
+    folder = cache_root() / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder

@@ -19,6 +19,7 @@ from .commands import (
     sampling_request,
     score_text,
 )
+from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
 from .generate import Request, check_prompt
 from .input_text import read_prompts, read_text, typed_lines
 from .inspect_bundle import describe_bundle, print_bundle
@@ -288,7 +289,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    try:
+        from ..model.doctor import torch_findings
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        found = without_torch()
+    else:
+        found = torch_findings()
+    diagnosis = examine(found)
+    print(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
+    return 0
 
 
 def _init(args: argparse.Namespace) -> int:
