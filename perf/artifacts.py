@@ -108,7 +108,7 @@ def build_artifact(setup: Setup, cache: Path, logs: Path) -> tuple[Setup, float 
         The setup with its artifact, and the seconds it took; None if nothing was built.
 
     Raises:
-        MissingError: Something isn't installed.
+        BackendUnavailableError: Something isn't installed.
         WorkerError: The build failed.
     """
     system = SYSTEMS[setup.system]

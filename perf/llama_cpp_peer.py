@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .setup import MissingError, Setup, System
+from ..runtime.backend import BackendUnavailableError
+from .setup import Setup, System
 
 __all__ = ["LLAMA_CPP", "permute_rope"]
 
@@ -48,15 +51,17 @@ class _LlamaCppRunner:
     def __init__(self, setup: Setup) -> None:
         begin = time.perf_counter()
         try:
-            import llama_cpp  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError as error:
-            raise MissingError(_MISSING) from error
+            llama_cpp: Any = import_module("llama_cpp")
+        except ModuleNotFoundError:
+            raise BackendUnavailableError(_MISSING) from None
         import_s = time.perf_counter() - begin
         begin = time.perf_counter()
         if setup.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
-            raise MissingError("this llama-cpp-python is built without CUDA; add -DGGML_CUDA=ON")
+            raise BackendUnavailableError(
+                "this llama-cpp-python is built without CUDA; add -DGGML_CUDA=ON"
+            )
         assert setup.artifact is not None
-        self._api: Any = llama_cpp
+        self._api = llama_cpp
         self._setup = setup
         self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
@@ -66,7 +71,7 @@ class _LlamaCppRunner:
         path = str(Path(setup.artifact, "model.gguf"))
         self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), options)
         if not self._model:
-            raise MissingError(f"llama.cpp refused {path}")
+            raise BackendUnavailableError(f"llama.cpp refused {path}")
         self._context: Any = self._make_context()
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocab)
@@ -132,7 +137,7 @@ class _LlamaCppRunner:
             options.type_k = options.type_v = api.GGML_TYPE_F32
         context = api.llama_init_from_model(self._model, options)
         if not context:
-            raise MissingError(f"llama.cpp has no context of {options.n_ctx} tokens")
+            raise BackendUnavailableError(f"llama.cpp has no context of {options.n_ctx} tokens")
         return context
 
 
@@ -153,14 +158,12 @@ def permute_rope(weight: Any, num_heads: int) -> Any:
 
 def _build(setup: Setup, out: Path) -> None:
     """Writes the checkpoint as model.gguf: weights in setup.dtype, norms in float32."""
+    if find_spec("llama_cpp") is None:
+        raise BackendUnavailableError(_MISSING)
     try:
-        import llama_cpp  # noqa: F401  # pyright: ignore[reportMissingImports]
+        gguf: Any = import_module("gguf")
     except ModuleNotFoundError:
-        raise MissingError(_MISSING) from None
-    try:
-        import gguf  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise MissingError("gguf is not installed; pip install 'llamac[perf]'") from None
+        raise BackendUnavailableError("gguf is not installed; pip install 'llamac[perf]'") from None
     import torch
 
     from ..model.checkpoint import load_model, open_checkpoint
@@ -168,7 +171,9 @@ def _build(setup: Setup, out: Path) -> None:
     checkpoint = open_checkpoint(setup.model)
     config = checkpoint.config
     if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
-        raise MissingError("llama.cpp is compared on models without RoPE scaling or biases only")
+        raise BackendUnavailableError(
+            "llama.cpp is compared on models without RoPE scaling or biases only"
+        )
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     kind = gguf.GGMLQuantizationType[kinds[setup.dtype]]
     dtype = getattr(torch, setup.dtype)

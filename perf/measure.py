@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.backend import BackendUnavailableError
 from ..runtime.compare import compare_logits
 from .artifacts import Model, build_artifact
 from .machine import device_used_bytes
 from .process import Worker, WorkerError
-from .setup import MissingError, Setup
+from .setup import Setup
 from .systems import SYSTEMS
 
 __all__ = ["Entry", "Plan", "open_group", "run_cases", "run_sweep", "sweep_contexts"]
@@ -130,7 +131,7 @@ def open_group(
             try:
                 _prepare(plan, entry, work)
                 reference.check(entry)
-            except MissingError as error:
+            except BackendUnavailableError as error:
                 entry.stop("skipped", str(error))
             except WorkerError as error:
                 entry.stop("FAIL", str(error))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import subprocess
+import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .setup import MissingError, Runner, Setup, System
+from ..runtime.backend import BackendUnavailableError
+from .setup import Runner, Setup, System
 
 __all__ = ["GENAI", "TRANSFORMERS", "TRANSFORMERS_STATIC"]
 
@@ -32,19 +36,22 @@ class _TransformersRunner:
             import torch
             import transformers
         except ModuleNotFoundError as error:
-            raise MissingError(f"{error.name} is not installed; pip install transformers") from None
+            raise BackendUnavailableError(
+                f"{error.name} is not installed; pip install transformers"
+            ) from None
         torch.set_num_threads(setup.threads)
         transformers.utils.logging.set_verbosity_error()
         import_s = time.perf_counter() - begin
         begin = time.perf_counter()
         if not (Path(setup.model) / "config.json").exists():
-            raise MissingError(
+            raise BackendUnavailableError(
                 f"{setup.model} is not a Hugging Face folder; transformers needs one"
             )
         self._torch: Any = torch
         self._model: Any = transformers.LlamaForCausalLM.from_pretrained(
-            setup.model, dtype=getattr(torch, setup.dtype), device_map=setup.device
+            setup.model, dtype=getattr(torch, setup.dtype)
         ).eval()
+        self._model.to(setup.device)  # device_map would need accelerate
         self._transformers: Any = transformers
         self._setup = setup
         self._static = static
@@ -122,16 +129,24 @@ class _GenaiRunner:
     def __init__(self, setup: Setup) -> None:
         begin = time.perf_counter()
         try:
-            import onnxruntime_genai as genai  # pyright: ignore[reportMissingImports]
+            genai: Any = import_module("onnxruntime_genai")
         except ModuleNotFoundError:
-            raise MissingError(_GENAI_MISSING) from None
+            raise BackendUnavailableError(
+                "onnxruntime-genai is not installed; pip install onnxruntime-genai"
+            ) from None
         import_s = time.perf_counter() - begin
         begin = time.perf_counter()
         assert setup.artifact is not None
+        facts = json.loads(Path(setup.artifact, "genai_config.json").read_text(encoding="utf-8"))
+        if setup.max_seq_len > facts["model"]["context_length"]:
+            raise BackendUnavailableError(
+                f"genai's graphs end at {facts['model']['context_length']} tokens, "
+                f"max_seq_len is {setup.max_seq_len}"
+            )
         options = {"intra_op_num_threads": setup.threads}
         config = genai.Config(setup.artifact)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._genai: Any = genai
+        self._genai = genai
         self._model: Any = genai.Model(config)
         self._setup = setup
         self._position = 0
@@ -170,9 +185,6 @@ class _GenaiRunner:
             self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
 
 
-_GENAI_MISSING = "onnxruntime-genai is not installed; pip install onnxruntime-genai"
-
-
 def _genai_precision(setup: Setup) -> str:
     """The builder has no 16-bit graphs for CPUs."""
     return "float32" if setup.device == "cpu" else setup.dtype
@@ -180,29 +192,23 @@ def _genai_precision(setup: Setup) -> str:
 
 def _build_genai(setup: Setup, out: Path) -> None:
     """Runs genai's model builder, which needs a tokenizer beside the weights."""
-    try:
-        import onnxruntime_genai  # noqa: F401  # pyright: ignore[reportMissingImports]
-        from onnxruntime_genai.models.builder import create_model  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise MissingError(
-            _GENAI_MISSING if "genai" in str(error.name) else f"pip install {error.name}"
-        ) from None
+    for module in ("onnxruntime_genai", "onnx_ir", "transformers", "torch"):
+        if find_spec(module) is None:
+            name = module.replace("_", "-")
+            raise BackendUnavailableError(f"{name} is not installed; pip install {name}")
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    with TemporaryDirectory() as work, contextlib.chdir(work):
+    with TemporaryDirectory() as work:
         source = Path(work, "model")
         source.mkdir()
         for entry in Path(setup.model).resolve().iterdir():
             (source / entry.name).symlink_to(entry)
         if not list(source.glob("tokenizer*")):
             _write_stand_in_tokenizer(source)
-        create_model(
-            "",
-            str(source),
-            str(out),
-            precision[_genai_precision(setup)],
-            setup.device,
-            str(Path(work, "cache")),
-        )
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        builder += ["--input", str(source), "--output", str(out), "--cache_dir", work]
+        builder += ["--precision", precision[_genai_precision(setup)]]
+        builder += ["--execution_provider", setup.device]
+        subprocess.run(builder, check=True, cwd=work)
 
 
 def _write_stand_in_tokenizer(folder: Path) -> None:

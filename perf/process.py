@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .setup import MissingError, Setup
+from ..runtime.backend import BackendUnavailableError
+from .setup import Setup
 
 __all__ = ["Worker", "WorkerError"]
 
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -27,7 +30,7 @@ class Worker:
     """Starts a process and talks to it.
 
     Args:
-        name: Names its log.
+        name: Names its log, which holds the latest such process's words.
         log_folder: Where the process's standard error goes.
         threads: What OpenMP libraries find in the environment.
         environment: Further variables.
@@ -44,7 +47,7 @@ class Worker:
         log_folder.mkdir(parents=True, exist_ok=True)
         self._log = log_folder / f"{name}.log"
         self.spawned_s = time.time()
-        with self._log.open("ab") as log:
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llamac.perf.worker"],
                 stdin=subprocess.PIPE,
@@ -58,7 +61,7 @@ class Worker:
         """Runs one command of worker.py.
 
         Raises:
-            MissingError: The system can't run here.
+            BackendUnavailableError: The system can't run here.
             WorkerError: The process ended.
         """
         assert self._process.stdin is not None
@@ -75,7 +78,7 @@ class Worker:
             raise WorkerError(self._last_words())
         reply = json.loads(line)
         if "refused" in reply:
-            raise MissingError(reply["refused"])
+            raise BackendUnavailableError(reply["refused"])
         return reply
 
     def cpu_s(self) -> float:
@@ -109,6 +112,7 @@ class Worker:
 
     def _last_words(self) -> str:
         code = self._process.wait()
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        last = lines[-1].strip() if lines else "no message"
-        return f"process ended with code {code}: {last} (see {self._log})"
+        lines = self._log.read_text(errors="replace").strip().splitlines() or ["no message"]
+        # An exception's message may go on for lines; what it is says the first one.
+        errors = [line for line in lines if _EXCEPTION.match(line)]
+        return f"process ended with code {code}: {(errors or lines)[-1].strip()} (see {self._log})"

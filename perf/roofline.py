@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..model.config import LlamaConfig
 from ..model.stored import weight_shapes
+from .setup import ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LimitProbe", "Limits", "Work", "decode_work", "prefill_work"]
+__all__ = ["LimitProbe", "Limits", "Work", "best_limits", "decode_work", "prefill_work"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -138,14 +139,16 @@ class LimitProbe:
     def __init__(self, *, device: str, threads: int, num_bytes: int, matrix_size: int) -> None:
         import torch
 
+        from ..model.linear import STORAGE_DTYPES
+
         torch.set_num_threads(threads)
         self._torch: Any = torch
         self._device = device
         self._array = torch.ones(num_bytes // 4, device=device)
         size = (matrix_size, matrix_size)
-        dtypes = [torch.float32, torch.bfloat16]
-        if device == "cuda":  # half a minute a product on CPUs without float16 arithmetic
-            dtypes.append(torch.float16)
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        if device == "cpu":  # without arithmetic for a dtype, one product takes half a minute
+            dtypes = [dtype for dtype in dtypes if dtype not in STORAGE_DTYPES]
         self._matrices = {
             str(dtype).removeprefix("torch."): torch.full(size, 0.5, dtype=dtype, device=device)
             for dtype in dtypes
@@ -196,13 +199,13 @@ def best_limits(samples: list[dict[str, Any]]) -> Limits:
         samples: What LimitProbe.measure returned, at least one.
 
     Returns:
-        The limits; float16's rate is bfloat16's where it wasn't measured.
+        The limits. A 16-bit dtype's rate is at least float32's: widening it is always possible.
     """
     dtypes = samples[0]["flops_per_s"]
     rates = {dtype: max(sample["flops_per_s"][dtype] for sample in samples) for dtype in dtypes}
     return Limits(
         read_bytes_per_s=max(max(sample["read_bytes_per_s"].values()) for sample in samples),
-        flops_per_s={"float16": rates["bfloat16"], **rates},
+        flops_per_s={dtype: max(rates.get(dtype, 0.0), rates["float32"]) for dtype in ITEM_BYTES},
     )
 
 

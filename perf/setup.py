@@ -10,13 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ITEM_BYTES", "MissingError", "Runner", "Setup", "System"]
+__all__ = ["ITEM_BYTES", "Runner", "Setup", "System"]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-class MissingError(RuntimeError):
-    """A system can't run here; the message says what to install or change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +49,8 @@ class Runner(Protocol):
 
     Attributes:
         precision: What it computes in: "float32", "float16" or "bfloat16".
-        phases: Seconds of getting ready: `load_s`, and where there is such a phase `compile_s`,
-            `warmup_s`.
+        phases: Seconds of getting ready: `import_s`, `load_s`, and where there is such a phase
+            `compile_s` or `first_call_s`, `warmup_s`.
         facts: What else is worth recording, such as whether compiled code came from a cache.
     """
 
@@ -102,7 +98,7 @@ class System:
     """How a system is made.
 
     Attributes:
-        open: Loads it.
+        open: Loads it; raises BackendUnavailableError if it can't run here.
         build: Writes what `open` loads from into a folder, unless the checkpoint itself serves.
         artifact: Name of what is built, shared by the systems and setups that give the same one.
         compiles: Whether getting ready fills a cache, so that a first start is worth measuring.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.backend import BackendUnavailableError
 from ..runtime.generate import next_chunk
 from .llama_cpp_peer import LLAMA_CPP
 from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC
-from .setup import MissingError, Runner, Setup, System
+from .setup import Runner, Setup, System
 
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
@@ -103,24 +104,29 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
     return BackendRunner(loaded.backend, precision=setup.dtype, phases=phases, facts=facts)
 
 
-def _open_ort(setup: Setup, *, provider: str) -> Runner:
+def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
     begin = time.perf_counter()
     try:
         import onnxruntime
     except ModuleNotFoundError:
         extra = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "tensorrt"}[provider]
-        raise MissingError(f"onnxruntime is not installed; pip install 'llamac[{extra}]'") from None
-    from ..runtime.session import OrtBackend
+        raise BackendUnavailableError(
+            f"onnxruntime is not installed; pip install 'llamac[{extra}]'"
+        ) from None
+    from ..runtime.manifest import open_bundle
+    from ..runtime.session import OrtBackend, check_choice
 
     import_s = time.perf_counter() - begin
     assert setup.artifact is not None
     begin = time.perf_counter()
+    manifest = open_bundle(setup.artifact)
+    try:
+        check_choice(manifest, provider, target)
+    except ValueError as error:  # a bundle that was given, with other graphs
+        raise BackendUnavailableError(str(error)) from None
+    prepack = setup.options.get("prepack", "off") == "on"
     backend = OrtBackend(
-        Path(setup.artifact),
-        provider=provider,
-        target=_target(setup, provider),
-        threads=setup.threads,
-        prepack=setup.options.get("prepack", "off") == "on",
+        manifest, provider=provider, target=target, threads=setup.threads, prepack=prepack
     )
     phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
     precision = "float32" if provider == "cpu" else setup.dtype
@@ -128,40 +134,38 @@ def _open_ort(setup: Setup, *, provider: str) -> Runner:
     return BackendRunner(backend, precision=precision, phases=phases, facts=facts)
 
 
-def _target(setup: Setup, provider: str) -> str:
-    return setup.options.get("target", provider)
-
-
-def _export(setup: Setup, out: Path, *, provider: str) -> None:
+def _export(setup: Setup, out: Path, *, provider: str, target: str) -> None:
     try:
         from ..export.bundle import export_bundle
     except ModuleNotFoundError as error:
-        raise MissingError(f"{error.name} is not installed; pip install 'llamac[export]'") from None
+        raise BackendUnavailableError(
+            f"{error.name} is not installed; pip install 'llamac[export]'"
+        ) from None
     from ..model.checkpoint import open_checkpoint
 
     export_bundle(
         open_checkpoint(setup.model),
         out,
-        targets=(_target(setup, provider),),
+        targets=(target,),
         batch_size=setup.batch_size,
         prefill_len=setup.prefill_len,
         max_seq_len=setup.max_seq_len,
-        dtype=setup.dtype,
+        dtype="float32" if provider == "cpu" else setup.dtype,
     )
 
 
-def _bundle_name(setup: Setup, *, provider: str) -> str:
-    target = _target(setup, provider)
-    dtype = "float32" if target == "cpu" else setup.dtype
+def _bundle_name(setup: Setup, *, provider: str, target: str) -> str:
+    dtype = "float32" if provider == "cpu" else setup.dtype
     sizes = f"b{setup.batch_size}-s{setup.max_seq_len}-p{setup.prefill_len}"
     return f"bundle-{target}-{dtype}-{sizes}"
 
 
-def _ort(provider: str) -> System:
+def _ort(provider: str, target: str) -> System:
+    which = {"provider": provider, "target": target}
     return System(
-        open=lambda setup: _open_ort(setup, provider=provider),
-        build=lambda setup, out: _export(setup, out, provider=provider),
-        artifact=lambda setup: _bundle_name(setup, provider=provider),
+        open=lambda setup: _open_ort(setup, **which),
+        build=lambda setup, out: _export(setup, out, **which),
+        artifact=lambda setup: _bundle_name(setup, **which),
         compiles=provider == "tensorrt",
         device="cpu" if provider == "cpu" else "cuda",
     )
@@ -174,9 +178,11 @@ def _torch(*, compile: bool) -> Callable[[Setup], Runner]:
 SYSTEMS = {
     "eager": System(open=_torch(compile=False)),
     "compile": System(open=_torch(compile=True), compiles=True),
-    "ort-cpu": _ort("cpu"),
-    "ort-cuda": _ort("cuda"),
-    "ort-tensorrt": _ort("tensorrt"),
+    "ort-cpu": _ort("cpu", "cpu"),
+    # The graphs that TensorRT gets, of standard operators alone.
+    "ort-cpu-standard": _ort("cpu", "tensorrt"),
+    "ort-cuda": _ort("cuda", "cuda"),
+    "ort-tensorrt": _ort("tensorrt", "tensorrt"),
     "transformers": TRANSFORMERS,
     "transformers-static": TRANSFORMERS_STATIC,
     "genai": GENAI,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .setup import MissingError, Runner, Setup
+from ..runtime.backend import BackendUnavailableError
+from .setup import Runner, Setup
 
 if TYPE_CHECKING:
     from .roofline import LimitProbe
@@ -146,15 +147,9 @@ def main() -> None:
         command: Command = getattr(worker, request["command"])
         try:
             reply = command(request)
-        except _refusals() as error:
+        except BackendUnavailableError as error:
             reply = {"refused": " ".join(str(error).split())}
         print(json.dumps({"start_s": start_s, **reply}), file=replies, flush=True)
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    from ..runtime.backend import BackendUnavailableError
-
-    return MissingError, BackendUnavailableError
 
 
 if __name__ == "__main__":

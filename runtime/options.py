@@ -20,6 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message and ends with 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
