@@ -1,8 +1,11 @@
-# demo and test make their own virtual environment; nothing else needs to be installed first
+# demo, test and bench make their own virtual environment; nothing else needs to be installed first
 # but Python 3.11+, its headers and g++.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := torch,export,cpu,dev
+STORY := --prompt "Once upon a time"
 
 .PHONY: demo test check bench clean
 
@@ -12,8 +15,15 @@ EXTRAS := torch,export,cpu,dev
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
+# The same story twice: from the compiled model, then from its exported bundle without torch.
 demo: .venv/.installed
-	$(BIN)/llamac generate --prompt "Once upon a time"
+	rm -rf build/demo
+	mkdir -p build/demo
+	$(BIN)/llamac generate $(STORY) | tee build/demo/compiled.txt
+	$(BIN)/llamac export model/demo build/demo/bundle
+	$(BIN)/llamac run build/demo/bundle $(STORY) | tee build/demo/bundle.txt
+	cmp build/demo/compiled.txt build/demo/bundle.txt
+	@echo "the bundle tells the compiled model's story"
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
