@@ -174,7 +174,7 @@ class _Recorder:
         for slot in range(last_slot):
             self._prompt(slot, 1)
         self._prompt(last_slot, num_rows, begin=max(0, num_rows - _MAX_FILLED))
-        num_steps = min(_NUM_LAST, num_rows)
+        num_steps = min(_NUM_LAST, num_rows - 1)
         self._positions[last_slot] = num_rows - num_steps
         self._decode_live(num_steps)
 
