@@ -76,6 +76,8 @@ def find_model(
         FileNotFoundError: There is no such checkpoint.
         ValueError: The checkpoint is refused; the message says why.
     """
+    if layers is not None and name != "small" and name not in preset_names():
+        raise ValueError(f"--layers is for `small` and the presets, not for {name or 'the demo'}")
     if name is None:
         folder = DEMO_FOLDER
     elif name == "small" or name in preset_names():

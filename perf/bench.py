@@ -1,4 +1,4 @@
-"""`llamac bench`: which backend, and how far from the best possible."""
+"""Times every backend beside its peers and this machine's limit."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..model.config import DTYPES
+from ..model.load import static_shape
 from ..runtime.cache_folder import cache_folder
 from ..runtime.manifest import open_bundle
 from ..runtime.options import OneLineParser
 from .artifacts import find_model
+from .cold_start import run_cold_start
 from .machine import describe_machine, find_commit, package_versions
-from .measure import Plan, open_group, run_cases, run_sweep, sweep_contexts
-from .process import Worker
-from .report import summarize, to_markdown, write_run
+from .measure import MIN_SWEEP_ROWS, open_group, run_cases, run_sweep, sweep_contexts
+from .plan import Plan
+from .process import Worker, WorkerError
+from .report import summarize, write_run
 from .systems import SYSTEMS
+from .tables import to_markdown
 
 __all__ = ["build_parser", "main"]
 
+_DEFAULT_SYSTEMS = {
+    "cpu": ("eager", "compile", "ort-cpu", "transformers", "genai", "llama.cpp"),
+    "cuda": ("eager", "compile", "ort-cuda", "transformers", "transformers-static"),
+}
+_MIN_TRIALS = 5
+_COLD_START_CHUNK = 16
 _PROBE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -40,11 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: An option is refused.
         FileNotFoundError: There is no such checkpoint.
+        BackendUnavailableError: The float32 reference can't run here.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
-    if args.trials < 5:
-        raise ValueError(f"--trials is {args.trials}; it must be at least 5")
     plan = _plan(args)
     run: dict[str, Any] = {
         "command": ["llamac", "bench", *words],
@@ -63,22 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "limit_samples": [],
         "systems": [],
+        "sweeps": {},
+        "cold_start": [],
     }
-    with _Probe(plan, run["limit_samples"]) as probe:
-        for batch_size in args.batch_size:
-            with open_group(plan, batch_size=batch_size) as entries:
-                cases = list(product(args.prompt_len, args.new_tokens))
-                run_cases(plan, entries, cases, probe.sample)
-            run["systems"] += [entry.result for entry in entries]
-        for max_seq_len in args.sweep:
-            with open_group(plan, batch_size=1, max_seq_len=max_seq_len) as entries:
-                run_sweep(plan, entries, sweep_contexts(max_seq_len), probe.sample)
-            run.setdefault("sweeps", {})[str(max_seq_len)] = [entry.result for entry in entries]
+    try:
+        _measure(args, plan, run)
+    except WorkerError as error:  # the reference's or the probe's: there is nothing to compare with
+        print(f"llamac bench: {error}", file=sys.stderr)
+        return 1
     summarize(run)
     print(to_markdown(run))
     for path in write_run(run, args.json, charts=not args.no_charts):
         print(f"wrote {path}", file=sys.stderr)
-    results = [*run["systems"], *(r for rs in run.get("sweeps", {}).values() for r in rs)]
+    sweeps = [result for results in run["sweeps"].values() for result in results]
+    results = [*run["systems"], *sweeps, *run["cold_start"]]
     return int(any(result["status"] == "FAIL" for result in results))
 
 
@@ -92,24 +100,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=int, metavar="N", help="of a preset, instead of its own")
     parser.add_argument(
-        "--backend", action="append", choices=tuple(SYSTEMS), help="repeatable; peers too"
+        "--backend",
+        action="append",
+        choices=tuple(SYSTEMS),
+        help="repeatable (default: all that fit the device; what isn't installed is skipped)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    parser.add_argument("--prompt-len", type=int, nargs="+", default=[128], metavar="N")
+    parser.add_argument(
+        "--prompt-len",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="default: 128, and no prompts are timed beside --sweep or --cold-start",
+    )
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32], metavar="N")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="B")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
-    parser.add_argument("--trials", type=int, default=5, metavar="N", help="at least 5")
+    parser.add_argument(
+        "--trials", type=int, default=_MIN_TRIALS, metavar="N", help=f"at least {_MIN_TRIALS}"
+    )
     parser.add_argument("--max-seq-len", type=int, metavar="S", help="default: what is needed")
-    parser.add_argument("--prefill-len", type=int, metavar="P", help="default: 128, at most S")
+    parser.add_argument(
+        "--prefill-len",
+        type=int,
+        metavar="P",
+        help=f"default: 128, at most S; {_COLD_START_CHUNK} for --cold-start",
+    )
     parser.add_argument(
         "--sweep",
         type=int,
-        nargs="*",
+        nargs="+",
         default=[],
         metavar="S",
         help="step time against live context, in caches of these lengths",
+    )
+    parser.add_argument(
+        "--cold-start",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="N",
+        help="from a new process to its first token, for a prompt of N tokens (default: 8)",
     )
     parser.add_argument(
         "--cold", action="store_true", help="also start with an empty compile cache"
@@ -124,28 +156,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _measure(args: argparse.Namespace, plan: Plan, run: dict[str, Any]) -> None:
+    if args.prompt_len or args.sweep:
+        with _Probe(plan, run["limit_samples"]) as probe:
+            for batch_size in args.batch_size if args.prompt_len else ():
+                with open_group(plan, batch_size=batch_size) as entries:
+                    cases = list(product(args.prompt_len, args.new_tokens))
+                    run_cases(plan, entries, cases, probe.sample)
+                run["systems"] += [entry.result for entry in entries]
+            for max_seq_len in args.sweep:
+                with open_group(plan, batch_size=1, max_seq_len=max_seq_len) as entries:
+                    run_sweep(plan, entries, sweep_contexts(max_seq_len), probe.sample)
+                run["sweeps"][str(max_seq_len)] = [entry.result for entry in entries]
+    if args.cold_start is not None:
+        chunk = args.prefill_len or min(_COLD_START_CHUNK, plan.max_seq_len)
+        if plan.model.bundle is not None:
+            chunk = plan.prefill_len
+        run["cold_start"] = run_cold_start(
+            replace(plan, prefill_len=chunk), prompt_len=args.cold_start
+        )
+
+
 def _plan(args: argparse.Namespace) -> Plan:
     """Checks the options and finds the model."""
+    if args.prompt_len is None:
+        args.prompt_len = [] if args.sweep or args.cold_start is not None else [128]
     cores = len(os.sched_getaffinity(0))
-    for name in ("prompt_len", "new_tokens", "batch_size", "sweep"):
-        if any(value < 1 for value in getattr(args, name)):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {getattr(args, name)}; each must be at least 1")
-    cache = cache_folder("bench")
+    _check_options(args)
     model = find_model(
         args.model,
         dtype=args.dtype or "bfloat16",
-        cache=cache,
+        cache=cache_folder("bench"),
         layers=args.layers,
         announce=_say,
     )
-    needed = max(args.prompt_len) + max(args.new_tokens)
+    needed = max(args.prompt_len, default=0) + max(args.new_tokens)
+    needed = max(needed, args.cold_start or 0)
     rows = args.max_seq_len or min(max(needed, 512), model.config.max_position_embeddings)
     chunk = args.prefill_len or min(128, rows)
     if model.bundle is not None:
         shape = open_bundle(model.bundle).shape
         rows, chunk = shape.max_seq_len, shape.prefill_len
         args.batch_size = [shape.batch_size]
+        one_row = args.sweep or args.cold_start is not None
+        if set(args.sweep) - {rows} or (one_row and shape.batch_size != 1):
+            raise ValueError(
+                f"the bundle has batch size {shape.batch_size} and max_seq_len {rows}; --sweep "
+                "and --cold-start want batch size 1, and --sweep that length: give the checkpoint"
+            )
+    for batch_size in args.batch_size:
+        static_shape(model.config, batch_size=batch_size, max_seq_len=rows, prefill_len=chunk)
     if needed > rows:
         raise ValueError(
             f"--prompt-len and --new-tokens need {needed} cache rows, --max-seq-len is {rows}; "
@@ -153,7 +213,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         )
     return Plan(
         model=model,
-        systems=tuple(dict.fromkeys(args.backend or ("eager", "compile"))),
+        systems=tuple(dict.fromkeys(args.backend or _DEFAULT_SYSTEMS[args.device])),
         device=args.device,
         dtype=args.dtype or model.config.dtype,
         threads=args.threads or cores,
@@ -161,11 +221,26 @@ def _plan(args: argparse.Namespace) -> Plan:
         prefill_len=chunk,
         trials=args.trials,
         cold=args.cold,
-        cache=cache,
+        cache=cache_folder("bench"),
         logs=args.json / "logs",
         options={"prepack": "on"} if args.prepack else {},
         say=_say,
     )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    least = {
+        "trials": _MIN_TRIALS,
+        "sweep": MIN_SWEEP_ROWS,
+        **dict.fromkeys(("prompt_len", "new_tokens", "batch_size", "threads", "layers"), 1),
+        **dict.fromkeys(("max_seq_len", "prefill_len", "cold_start"), 1),
+    }
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(value < smallest for value in values):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {min(values)}; it must be at least {smallest}")
 
 
 class _Probe:

@@ -11,18 +11,30 @@ matplotlib.use("Agg")  # files only; no display is looked for
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
+from .systems import PEERS  # noqa: E402
+from .tables import PHASES, count_of  # noqa: E402
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_charts", "draw_cold_start"]
+__all__ = ["draw_charts"]
 
 _OURS, _PEER, _LIMIT = "#1f6f8b", "#b8b8b8", "#c0392b"
-_PEERS = ("transformers", "transformers-static", "genai", "llama.cpp")
-_PHASE_COLORS = ("#9aa5b1", "#c9d1d9", "#5b8fb9", "#1f6f8b", "#e0a458", "#d17b49", "#a8577e")
+_PHASE_COLORS = {
+    "python_s": "#9aa5b1",
+    "harness_s": "#c9d1d9",
+    "import_s": "#5b8fb9",
+    "load_s": "#1f6f8b",
+    "compile_s": "#e0a458",
+    "first_call_s": "#ecd08f",
+    "warmup_s": "#d17b49",
+    "first_chunk_s": "#a8577e",
+    "other_s": "#555555",
+}
 
 
 def draw_charts(run: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Draws what a run holds.
+    """Draws what a run holds; of the systems, those that are right.
 
     Args:
         run: After report.summarize.
@@ -33,69 +45,42 @@ def draw_charts(run: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         The files.
     """
     written = []
-    cases = {
-        (result["batch_size"], case["prompt_len"], case["num_new"])
-        for result in run["systems"]
-        for case in result.get("cases", [])
-    }
-    for batch_size, prompt_len, num_new in sorted(cases):
-        suffix = f"-b{batch_size}-{prompt_len}+{num_new}" if len(cases) > 1 else ""
+    timed = [
+        (result, case)
+        for result in _right(run["systems"])
+        for case in result["cases"]
+        if "decode_tokens_per_s" in case
+    ]
+    groups: dict[tuple[int, int, int], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for result, case in timed:
+        key = (result["batch_size"], case["prompt_len"], case["num_new"])
+        groups.setdefault(key, []).append((result, case))
+    for (batch_size, prompt_len, num_new), group in groups.items():
+        suffix = f"-b{batch_size}-{prompt_len}+{num_new}" if len(groups) > 1 else ""
         path = folder / f"{stem}-speed{suffix}.png"
-        _draw_speed(run, (batch_size, prompt_len, num_new), path)
+        _draw_speed(run, group, path)
         written.append(path)
-    if any(result["sweep"] for results in run.get("sweeps", {}).values() for result in results):
+    if any(_right(results) for results in run["sweeps"].values()):
         path = folder / f"{stem}-sweep.png"
         _draw_sweep(run, path)
+        written.append(path)
+    if _right(run["cold_start"]):
+        path = folder / f"{stem}-cold-start.png"
+        _draw_cold_start(run, path)
         written.append(path)
     return written
 
 
-def draw_cold_start(
-    results: list[dict[str, Any]], phases: dict[str, str], title: str, path: Path
+def _right(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [result for result in results if result["status"] == "ok"]
+
+
+def _draw_speed(
+    run: dict[str, Any], chosen: list[tuple[dict[str, Any], dict[str, Any]]], path: Path
 ) -> None:
-    """Draws the seconds to the first token as one bar of phases a system.
-
-    Args:
-        results: With `name` and `phases`, seconds by key of `phases`.
-        phases: Key to label, in the order they happen.
-        title: What was measured.
-        path: The file.
-    """
-    used = {
-        key: label
-        for key, label in phases.items()
-        if any(result["phases"].get(key, 0) > 0 for result in results)
-    }
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(results)), layout="constrained")
-    rows = range(len(results))
-    left = [0.0] * len(results)
-    for (key, label), color in zip(used.items(), _PHASE_COLORS * 2, strict=False):
-        widths = [result["phases"].get(key, 0.0) for result in results]
-        axes.barh(rows, widths, left=left, color=color, label=label, height=0.65)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for row, total in zip(rows, left, strict=True):
-        axes.text(total, row, f" {total:.1f} s", va="center")
-    _name_rows(axes, [result["name"] for result in results])
-    axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("seconds from starting the process")
-    figure.suptitle(title, fontsize=11)
-    figure.legend(loc="outside lower center", ncols=len(used), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _draw_speed(run: dict[str, Any], which: tuple[int, int, int], path: Path) -> None:
     """Bars of tokens a second; a line across each marks what its precision allows here."""
-    chosen = [
-        (result, case)
-        for result in run["systems"]
-        for case in result.get("cases", [])
-        if (result["batch_size"], case["prompt_len"], case["num_new"]) == which
-        and "decode_tokens_per_s" in case
-    ]
-    if not chosen:
-        return
-    batch_size, prompt_len, num_new = which
+    first, case = chosen[0]
+    batch_size, prompt_len, num_new = first["batch_size"], case["prompt_len"], case["num_new"]
     figure, panels = plt.subplots(
         1, 2, figsize=(11, 1.9 + 0.5 * len(chosen)), layout="constrained", sharey=True
     )
@@ -103,7 +88,7 @@ def _draw_speed(run: dict[str, Any], which: tuple[int, int, int], path: Path) ->
         tokens = batch_size * (prompt_len if kind == "prefill" else 1)
         speeds = [case[f"{kind}_tokens_per_s"] for _, case in chosen]
         ceilings = [tokens / case[f"{kind}_limit_s"] for _, case in chosen]
-        colors = [_PEER if result["name"] in _PEERS else _OURS for result, _ in chosen]
+        colors = [_PEER if result["name"] in PEERS else _OURS for result, _ in chosen]
         axes.barh(range(len(chosen)), speeds, color=colors, height=0.65)
         for row, (speed, ceiling) in enumerate(zip(speeds, ceilings, strict=True)):
             label = "limit measured on this machine" if row == 0 else None
@@ -111,13 +96,11 @@ def _draw_speed(run: dict[str, Any], which: tuple[int, int, int], path: Path) ->
             axes.text(speed, row, f" {speed:.3g}  ({speed / ceiling:.0%})", va="center", fontsize=9)
         axes.set_xlim(0, 1.25 * max(*speeds, *ceilings))
         axes.set_xlabel(f"{kind}, tokens per second (share of the limit)")
-    names = [f"{result['name']}\n{result['precision']}" for result, _ in chosen]
-    _name_rows(panels[0], names)
-    _name_rows(panels[1], names)
-    machine = run["machine"]["gpu"] if run["options"]["device"] == "cuda" else run["machine"]["cpu"]
+    _name_rows(panels[0], [f"{result['name']}\n{result['precision']}" for result, _ in chosen])
+    panels[1].spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{run['model']['name']}, prompt {prompt_len}, {num_new} new, batch {batch_size}\n"
-        f"{machine}, {run['options']['threads']} threads",
+        f"{_machine(run)}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()
@@ -130,8 +113,8 @@ def _draw_speed(run: dict[str, Any], which: tuple[int, int, int], path: Path) ->
 
 def _draw_sweep(run: dict[str, Any], path: Path) -> None:
     """One panel a system, one line a cache length: lines that coincide cost only what is live."""
-    sweeps = run["sweeps"]
-    names = [result["name"] for result in next(iter(sweeps.values())) if result["sweep"]]
+    sweeps = {rows: _right(results) for rows, results in run["sweeps"].items()}
+    names = list(dict.fromkeys(r["name"] for results in sweeps.values() for r in results))
     figure, grid = plt.subplots(
         1, len(names), figsize=(1.5 + 3.6 * len(names), 4.2), layout="constrained", sharey=True,
         squeeze=False,
@@ -156,13 +139,46 @@ def _draw_sweep(run: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     grid[0][0].set_ylim(bottom=0)
     grid[0][0].set_ylabel("milliseconds a step")
-    figure.suptitle(f"{run['model']['name']}: step time against live context", fontsize=11)
+    figure.suptitle(
+        f"{run['model']['name']}: step time against live context\n{_machine(run)}", fontsize=11
+    )
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _draw_cold_start(run: dict[str, Any], path: Path) -> None:
+    """The seconds to the first token as one bar of phases a system."""
+    results = _right(run["cold_start"])
+    used = [key for key in PHASES if any(key in result["phases"] for result in results)]
+    figure, axes = plt.subplots(figsize=(10, 2.1 + 0.5 * len(results)), layout="constrained")
+    left = [0.0] * len(results)
+    for key in used:
+        widths = [result["phases"].get(key, 0.0) for result in results]
+        color = _PHASE_COLORS[key]
+        axes.barh(range(len(results)), widths, left=left, color=color, label=PHASES[key])
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    for row, result in enumerate(results):
+        axes.text(left[row], row, f" {result['total_s']:.1f} s", va="center", fontsize=9)
+    _name_rows(axes, [f"{result['name']}\n{result['precision']}" for result in results])
+    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlabel("seconds from starting the process to its first token")
+    figure.suptitle(
+        f"{run['model']['name']}, prompt {results[0]['prompt_len']}: a second start, with full "
+        f"caches\n{_machine(run)}",
+        fontsize=11,
+    )
+    figure.legend(loc="outside lower center", ncols=min(len(used), 5), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _machine(run: dict[str, Any]) -> str:
+    name = run["machine"]["gpu"] if run["options"]["device"] == "cuda" else run["machine"]["cpu"]
+    return f"{name}, {count_of(run['options']['threads'], 'thread')}"
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:

@@ -19,7 +19,9 @@ from .setup import Runner, Setup, System
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
 
-__all__ = ["SYSTEMS", "BackendRunner"]
+__all__ = ["PEERS", "SYSTEMS", "BackendRunner"]
+
+PEERS = ("transformers", "transformers-static", "genai", "llama.cpp")
 
 
 class BackendRunner:
