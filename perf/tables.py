@@ -37,7 +37,7 @@ def to_markdown(run: dict[str, Any]) -> str:
     """
     options = run["options"]
     lines = [
-        f"### {run['model']['name']}, {options['device']}, {count_threads(options['threads'])}",
+        f"### {run['model']['name']}, {options['device']}, {count_of(options['threads'], 'thread')}",
         "",
         f"`{' '.join(run['command'])}`",
         "",
