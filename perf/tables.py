@@ -36,8 +36,9 @@ def to_markdown(run: dict[str, Any]) -> str:
         Markdown.
     """
     options = run["options"]
+    threads = count_of(options["threads"], "thread")
     lines = [
-        f"### {run['model']['name']}, {options['device']}, {count_of(options['threads'], 'thread')}",
+        f"### {run['model']['name']}, {options['device']}, {threads}",
         "",
         f"`{' '.join(run['command'])}`",
         "",
