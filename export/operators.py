@@ -31,7 +31,8 @@ class StandardAttention(ExportAttention):
 
     TensorScatter with a cache that is a graph input and a graph output is TensorRT's in-place
     write. Attention has an explicit bool mask and one output: TensorRT ignores nonpad_kv_seqlen,
-    and its causal alignment is unspecified where S > T. In float32 it is written out.
+    and its causal alignment is unspecified where S > T. Where TensorRT has no kernel for it, it is
+    written out.
     """
 
     def prepare(
@@ -59,7 +60,7 @@ class StandardAttention(ExportAttention):
         # TensorRT's parser scales q and k by a rounded 1 / D**0.25 each, over the whole cache.
         scale = q.shape[-1] ** -0.5
         q = _rotate(q.transpose(1, 2), cos, sin, scale=scale)  # [B, H, T, D]
-        if q.dtype == torch.float32:
+        if not _has_kernel(q):
             return _attend(q, k_cache, v_cache, mask).transpose(1, 2)
         out = torch.onnx.ops.symbolic(
             "Attention",
@@ -126,19 +127,26 @@ def _rotate(
     return (out if scale == 1.0 else out * scale).to(x.dtype)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
-    """Attention of q [B, H, T, D], already scaled, in plain products.
+def _has_kernel(q: Tensor) -> bool:
+    """Whether TensorRT's Attention takes a q [B, H, T, D] of this type and width.
 
-    TensorRT has kernels for 16-bit Attention only, and splits the operator up where an attribute
-    of its own allows that, which is not ONNX.
+    Of what has no kernel it builds no engine: it splits the operator up where an attribute of its
+    own allows that, which is not ONNX. Found by building engines of every width.
     """
+    head_dim = q.shape[-1]
+    return q.dtype != torch.float32 and 16 <= head_dim <= 256 and head_dim % 8 == 0
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q [B, H, T, D], already scaled, in plain products; the softmax in float32."""
     batch, num_heads, num_tokens, head_dim = q.shape
     num_kv_heads, num_rows = k_cache.shape[1:3]
     # The heads that share a key become its queries, so that no key is repeated.
     grouped = q.reshape(batch, num_kv_heads, -1, head_dim)  # [B, K, H/K*T, D]
-    scores = (grouped @ k_cache.transpose(2, 3)).view(batch, num_kv_heads, -1, num_tokens, num_rows)
+    scores = (grouped @ k_cache.transpose(2, 3)).float()
+    scores = scores.view(batch, num_kv_heads, -1, num_tokens, num_rows)
     scores = torch.where(mask[:, :, None], scores, float("-inf"))  # [B, K, H/K, T, S]
-    weights = scores.softmax(-1).view(batch, num_kv_heads, -1, num_rows)
+    weights = scores.softmax(-1).to(q.dtype).view(batch, num_kv_heads, -1, num_rows)
     return (weights @ v_cache).view(batch, num_heads, num_tokens, head_dim)
 
 

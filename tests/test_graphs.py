@@ -37,9 +37,9 @@ def export(folder: Path, variant: str, **options) -> Manifest:
 
 @pytest.fixture(scope="module")
 def all_targets(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """float32 for cpu, bfloat16 for the others."""
+    """float32 for cpu, bfloat16 for the others; heads of a width that TensorRT has kernels for."""
     folder = tmp_path_factory.mktemp("all")
-    return export(folder, "llama-3.1", targets=tuple(TARGETS), dtype="bfloat16")
+    return export(folder, "smollm", targets=tuple(TARGETS), dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +139,23 @@ def test_prefill_and_ragged_decode_equal_eager_past_the_last_row(
 
 
 @pytest.fixture(scope="module")
-def float16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("float16")
-    return export(folder, "llama-3.1", targets=("tensorrt", "cuda"), dtype="float16")
+def float16_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
+    """Attention as an operator, and written out: heads of 16 and of 8."""
+    options = {"targets": ("tensorrt", "cuda"), "dtype": "float16"}
+    return {
+        variant: export(tmp_path_factory.mktemp("float16"), variant, **options)
+        for variant in ("smollm", "llama-3.1")
+    }
 
 
+@pytest.mark.parametrize("variant", ["smollm", "llama-3.1"])
 @pytest.mark.parametrize("target", ["tensorrt", "cuda"])
 def test_float16_graphs_are_as_near_to_float32_as_eager_float16(
-    float16_bundle: Manifest, target: str
+    float16_bundles: dict[str, Manifest], variant: str, target: str
 ):
-    bundle = float16_bundle
+    bundle = float16_bundles[variant]
+    has_operator = (variant, target) == ("smollm", "tensorrt")
+    assert ("Attention" in bundle.find_graph("decode", target).ops) == has_operator
     exact = [theirs for _, theirs in run_both(bundle, target, 31)]
     errors = np.array(
         [
@@ -175,7 +182,7 @@ def load_graph(bundle: Manifest, file: str) -> onnx.ModelProto:
 
 
 def test_inputs_and_outputs_are_the_documented_table(all_targets: Manifest):
-    config = LlamaConfig.from_dict(VARIANTS["llama-3.1"])
+    config = LlamaConfig.from_dict(VARIANTS["smollm"])
     assert len(all_targets.graphs) == 6
     for entry in all_targets.graphs:
         graph = load_graph(all_targets, entry.file).graph
@@ -267,8 +274,32 @@ def test_operators_are_these_and_no_others(all_targets: Manifest):
         assert standard_only == (entry.target == "tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "has_kernel"),
+    [
+        ("bfloat16", 16, True),
+        ("float16", 24, True),
+        ("bfloat16", 256, True),
+        ("float32", 64, False),
+        ("float16", 8, False),
+        ("bfloat16", 20, False),
+        ("float16", 264, False),
+    ],
+)
+def test_attention_is_an_operator_where_tensorrt_has_a_kernel(
+    dtype: str, head_dim: int, has_kernel: bool
+):
+    config = replace(
+        LlamaConfig.from_dict(VARIANTS["llama-3.1"]), num_hidden_layers=1, head_dim=head_dim
+    )
+    spec = GraphSpec(target="tensorrt", dtype=dtype, batch=2, tokens=1, rows=S, num_positions=S)
+    ops = [node.op_type for node in trace_graph(config, spec).graph]
+    assert (ops.count("Attention"), ops.count("Softmax")) == (int(has_kernel), int(not has_kernel))
+    assert ops.count("MatMul") == (0 if has_kernel else 2)
+
+
 def test_every_weight_is_a_place_in_a_file_under_its_own_name(all_targets: Manifest):
-    config = LlamaConfig.from_dict(VARIANTS["llama-3.1"])
+    config = LlamaConfig.from_dict(VARIANTS["smollm"])
     wanted = {*weight_shapes(config), "rope.cos", "rope.sin"}
     places = {
         dtype: {
