@@ -173,17 +173,7 @@ class TorchBackend:
 
     def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> Tensor:
         """[N, V] logits of one chunk."""
-        shape = self.shape
-        length = next((p for p in shape.prefill_lens if p >= len(ids)), None)
-        if not ids or length is None:
-            raise ValueError(f"chunk has {len(ids)} ids; allowed are 1 to {shape.prefill_len}")
-        if not 0 <= slot < shape.batch_size:
-            raise ValueError(f"slot is {slot}; allowed are 0 to {shape.batch_size - 1}")
-        if not 0 <= start <= shape.max_seq_len - length:
-            raise ValueError(
-                f"chunk starts at {start}; with prefill_len {length} and max_seq_len "
-                f"{shape.max_seq_len} it may start at 0 to {shape.max_seq_len - length}"
-            )
+        length = self.shape.chunk_len(slot, len(ids), start)
         padded = torch.zeros((1, length), dtype=torch.int64)
         padded[0, : len(ids)] = torch.as_tensor(ids)
         wanted = range(length) if self._all_logits else [len(ids) - 1]

@@ -60,6 +60,33 @@ class StaticShape:
         """The longest prefill chunk, in tokens."""
         return self.prefill_lens[-1]
 
+    def chunk_len(self, slot: int, num_ids: int, start: int) -> int:
+        """Chooses the length a prefill chunk is padded to, once the chunk is known to fit.
+
+        Args:
+            slot: Which slot it fills.
+            num_ids: Token ids in it.
+            start: Position of the first.
+
+        Returns:
+            P, the smallest chunk that holds the ids.
+
+        Raises:
+            ValueError: There is no such slot, or the chunk does not fit; the message says what is
+                allowed.
+        """
+        length = next((p for p in self.prefill_lens if p >= num_ids), None)
+        if num_ids < 1 or length is None:
+            raise ValueError(f"chunk has {num_ids} ids; allowed are 1 to {self.prefill_len}")
+        if not 0 <= slot < self.batch_size:
+            raise ValueError(f"slot is {slot}; allowed are 0 to {self.batch_size - 1}")
+        if not 0 <= start <= self.max_seq_len - length:
+            raise ValueError(
+                f"chunk starts at {start}; with prefill_len {length} and max_seq_len "
+                f"{self.max_seq_len} it may start at 0 to {self.max_seq_len - length}"
+            )
+        return length
+
 
 class Backend(Protocol):
     """A model with its cache: torch (eager or compiled) or an ONNX Runtime session.

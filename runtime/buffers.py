@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from .gpu import copy_rows
 
-__all__ = ["ITEM_BYTES", "ONNX_TYPES", "Buffer", "CacheBuffers", "allocate"]
+__all__ = ["ONNX_TYPES", "Buffer", "CacheBuffers", "allocate"]
 
 # onnx.TensorProto's numbers.
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-ITEM_BYTES = {"float32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
-
+# NumPy has no bfloat16; its bits do.
 _NUMPY_TYPES = {"float32": "f4", "int64": "i8", "float16": "f2", "bfloat16": "u2"}
 _ALIGNMENT = 64
 
@@ -71,7 +70,7 @@ class CacheBuffers:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot in one buffer."""
-        return prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return prod(self.shape[1:]) * _item_bytes(self.dtype)
 
     def pointers(self, slot: int = 0) -> list[int]:
         """Where a slot begins in each buffer: K and V of the first layer, of the second, ..."""
@@ -85,7 +84,7 @@ class CacheBuffers:
                 self.pointers(slot),
                 num_heads=num_heads,
                 max_seq_len=max_seq_len,
-                row_bytes=head_dim * ITEM_BYTES[self.dtype],
+                row_bytes=head_dim * _item_bytes(self.dtype),
                 rows=(source, target),
             )
             return
@@ -97,7 +96,7 @@ class CacheBuffers:
 class _HostBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape = shape
-        size = prod(shape) * ITEM_BYTES[dtype]
+        size = prod(shape) * _item_bytes(dtype)
         raw = np.zeros(size + _ALIGNMENT, np.uint8)
         begin = -raw.ctypes.data % _ALIGNMENT
         self._array = raw[begin : begin + size].view(_NUMPY_TYPES[dtype]).reshape(shape)
@@ -125,3 +124,7 @@ class _GpuBuffer:
 
     def read(self) -> NDArray[Any]:
         return self._value.numpy()
+
+
+def _item_bytes(dtype: str) -> int:
+    return np.dtype(_NUMPY_TYPES[dtype]).itemsize

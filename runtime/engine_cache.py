@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 from .cache_folder import cache_folder
@@ -28,10 +27,12 @@ def engine_folder(manifest: Manifest, base: Path | None) -> Path:
     Returns:
         A folder named after the content, the versions of ONNX Runtime and TensorRT, and the GPU.
     """
+    import onnxruntime
+
     gpu = find_gpu()
     key = {
         "bundle": manifest.digest,
-        "onnxruntime": version("onnxruntime-gpu"),
+        "onnxruntime": onnxruntime.__version__,
         "tensorrt": ctypes.CDLL("libnvinfer.so.10").getInferLibVersion(),
         "gpu": gpu and [gpu.name, gpu.compute_capability],
     }

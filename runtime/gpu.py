@@ -10,7 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Gpu", "copy_rows", "driver_problem", "find_gpu", "load_libraries", "needed_libraries"]
+__all__ = [
+    "Gpu",
+    "copy_rows",
+    "driver_problem",
+    "find_gpu",
+    "free_bytes",
+    "load_libraries",
+    "needed_libraries",
+]
 
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _DT_NEEDED, _DT_STRTAB = 1, 5
@@ -120,6 +128,14 @@ def load_libraries(names: Iterable[str]) -> list[str]:
     return missing
 
 
+def free_bytes() -> int:
+    """Free memory of the first GPU, once ONNX Runtime's libraries are loaded."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    status = _cuda_runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    _check(status, "MemGetInfo")
+    return free.value
+
+
 def copy_rows(
     pointers: Iterable[int],
     *,
@@ -150,9 +166,9 @@ def copy_rows(
             ctypes.c_size_t(num_heads),
             _DEVICE_TO_DEVICE,
         )
-        if status:
-            raise RuntimeError(f"cudaMemcpy2D failed with CUDA error {status}")
-    runtime.cudaDeviceSynchronize()  # ONNX Runtime's stream does not wait for this one
+        _check(status, "Memcpy2D")
+    # ONNX Runtime's stream does not wait for this one.
+    _check(runtime.cudaDeviceSynchronize(), "DeviceSynchronize")
 
 
 def _cuda_runtime() -> ctypes.CDLL:
@@ -163,6 +179,11 @@ def _cuda_runtime() -> ctypes.CDLL:
         except OSError:
             continue
     raise RuntimeError("libcudart.so is not loaded")
+
+
+def _check(status: int, name: str) -> None:
+    if status:
+        raise RuntimeError(f"cuda{name} failed with CUDA error {status}")
 
 
 def _load(name: str) -> bool:

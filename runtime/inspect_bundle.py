@@ -6,12 +6,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from .manifest import Manifest
+from .manifest import ITEM_BYTES, Manifest
 from .memory import format_bytes
 
 __all__ = ["describe_bundle", "print_bundle"]
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def describe_bundle(manifest: Manifest) -> dict[str, Any]:
@@ -67,14 +65,14 @@ def _describe_target(manifest: Manifest, target: str) -> dict[str, Any]:
     graphs = [graph for graph in manifest.graphs if graph.target == target]
     dtype, model = graphs[0].dtype, manifest.model
     weights = sum(
-        math.prod(tensor.shape) * _ITEM_BYTES[dtype]
+        math.prod(tensor.shape) * ITEM_BYTES[dtype]
         for file in manifest.weights
         if file.dtype == dtype
         for name, tensor in file.tensors.items()
         if not name.startswith("rope.")
     )
     rows = manifest.shape.batch_size * manifest.shape.max_seq_len
-    row_bytes = model.num_key_value_heads * model.head_dim * _ITEM_BYTES[dtype]
+    row_bytes = model.num_key_value_heads * model.head_dim * ITEM_BYTES[dtype]
     cache = 2 * model.num_hidden_layers * rows * row_bytes
     on_host = target == "cpu"
     # Each TensorRT engine and each CUDA session holds the weights; CPU sessions map one file.

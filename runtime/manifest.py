@@ -19,6 +19,7 @@ from .typed_json import to_dataclass
 
 __all__ = [
     "FORMAT",
+    "ITEM_BYTES",
     "MANIFEST_NAME",
     "PARTIAL_SUFFIX",
     "REPORTS_NAME",
@@ -36,8 +37,8 @@ FORMAT = 1
 MANIFEST_NAME = "bundle.json"
 REPORTS_NAME = "reports"  # the one folder that may change after the export
 PARTIAL_SUFFIX = ".partial"  # of a folder that an export is writing, or was killed while writing
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of weights and caches
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_MANIFEST_BYTES = 64 << 20
 
 
@@ -269,14 +270,14 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
     """What graphs and weights say must agree with the shape and with the files."""
     where = folder / MANIFEST_NAME
     for item in (*manifest.graphs, *manifest.weights):
-        if item.file not in manifest.files or item.dtype not in _ITEM_BYTES:
+        if item.file not in manifest.files or item.dtype not in ITEM_BYTES:
             raise ValueError(
                 f"{where}: names {item.file}, {item.dtype}, which it does not describe"
             )
     for weight in manifest.weights:
         size = manifest.files[weight.file].bytes
         for name, stored in weight.tensors.items():
-            if stored.offset + math.prod(stored.shape) * _ITEM_BYTES[weight.dtype] > size:
+            if stored.offset + math.prod(stored.shape) * ITEM_BYTES[weight.dtype] > size:
                 raise ValueError(f"{where}: {name} lies past the end of {weight.file}")
     shape = manifest.shape
     wanted = {("prefill", 1, tokens) for tokens in shape.prefill_lens}

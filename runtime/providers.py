@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,12 @@ TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _CUDA_PACKAGES = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 
-_TENSORRT_PIP = "pip install 'llamac[tensorrt]' --extra-index-url https://pypi.nvidia.com"
+_PIP = {
+    "cpu": "pip install 'llamac[cpu]'",
+    "cuda": "pip install 'llamac[gpu]'",
+    "tensorrt": "pip install 'llamac[tensorrt]' --extra-index-url https://pypi.nvidia.com",
+}
 _CUDA_PIP = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-_GPU_PIP = "pip uninstall -y onnxruntime; pip install 'llamac[{extra}]'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +54,15 @@ class SessionOptions:
         prepack: Whether the CPU provider makes its own copy of every weight in the layout its
             kernels like best; without, it reads the mapped file.
         provider_options: Passed on to the provider.
+        initializers: Name to onnxruntime.OrtValue: weights that the session reads from there
+            instead of the graph's files; they must outlive it.
     """
 
     provider: str
     threads: int | None = None
     prepack: bool = False
-    provider_options: Mapping[str, str]
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    initializers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def provider_problem(provider: str) -> str | None:
@@ -73,23 +79,24 @@ def provider_problem(provider: str) -> str | None:
     """
     if provider not in PROVIDERS:
         raise ValueError(f"provider is {provider!r}; it must be one of {', '.join(PROVIDERS)}")
-    extra = {"cuda": "gpu"}.get(provider, provider)
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        return f"onnxruntime is not installed; pip install 'llamac[{extra}]'"
+        return f"onnxruntime is not installed; {_PIP[provider]}"
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         found = installed_versions(_ORT_PACKAGES) or f"onnxruntime {onnxruntime.__version__}"
-        return f"{found} has no {PROVIDERS[provider]}; {_GPU_PIP.format(extra=extra)}"
+        # Both packages are one folder, which the one installed last has overwritten.
+        mend = f"pip uninstall -y {' '.join(_ORT_PACKAGES)}; {_PIP[provider]}"
+        return f"{found} has no {PROVIDERS[provider]}; {mend}"
     if provider == "cpu":
         return None
     missing = load_libraries(provider_libraries(provider))
     if any(name.startswith("libnv") for name in missing):
         found = installed_versions(TENSORRT_PACKAGES) or "no TensorRT"
         lacking = ", ".join(name for name in missing if name.startswith("libnv"))
-        return f"{lacking} (TensorRT 10) was not found, {found} is installed; {_TENSORRT_PIP}"
+        return f"{lacking} (TensorRT 10) was not found, {found} is installed; {_PIP[provider]}"
     libraries = [name for name in missing if name != "libcuda.so.1"]
     if libraries:
         found = installed_versions(_CUDA_PACKAGES) or "none of NVIDIA's packages"
@@ -123,7 +130,7 @@ def installed_versions(packages: tuple[str, ...]) -> str:
 
 
 def open_session(path: Path, options: SessionOptions) -> Any:
-    """Opens a graph.
+    """Opens a graph on a provider without a problem.
 
     Args:
         path: The ONNX file.
@@ -134,10 +141,8 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         one engine.
 
     Raises:
-        BackendUnavailableError: The provider is not usable here, or refuses a node.
+        BackendUnavailableError: The provider, or onnxruntime for it, refuses the graph or a node.
     """
-    if problem := provider_problem(options.provider):
-        raise BackendUnavailableError(f"--provider {options.provider}: {problem}")
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -147,6 +152,10 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         settings.intra_op_num_threads = options.threads
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1")
     settings.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
+    for weight, value in options.initializers.items():
+        settings.add_initializer(weight, value)
+    if options.provider == "tensorrt":  # its parser gets the graph as it was exported and verified
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if options.provider != "cpu":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,10 @@ from .backend import BackendUnavailableError, StaticShape
 from .bound_graph import BoundGraph
 from .buffers import CacheBuffers
 from .engine_cache import engine_folder, has_engine, tensorrt_options
+from .gpu import free_bytes
 from .inspect_bundle import describe_bundle
-from .manifest import GraphFile, Manifest, open_bundle
+from .manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
+from .mapped_weights import map_weights
 from .memory import available_bytes, format_bytes
 from .providers import PROVIDERS, SessionOptions, open_session, provider_problem
 
@@ -70,19 +74,15 @@ class OrtBackend:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         begin = time.perf_counter()
-        manifest = bundle if isinstance(bundle, Manifest) else open_bundle(bundle)
-        self.target = check_choice(manifest, provider, target)
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         if problem := provider_problem(provider):
             raise BackendUnavailableError(f"--provider {provider}: {problem}")
+        manifest = bundle if isinstance(bundle, Manifest) else open_bundle(bundle)
         self.provider = provider
+        self.target = check_choice(manifest, provider, target)
+        _check_memory(manifest, provider, self.target, prepack=prepack)
         self.shape: StaticShape = manifest.shape
-        if provider == "cpu":
-            _check_memory(manifest, self.target, prepack=prepack)
-        report = progress or (lambda _: None)
-        opener = _Opener(manifest, provider, threads, engine_cache, prepack, report)
-
         model, shape, on_gpu = manifest.model, manifest.shape, provider != "cpu"
         decode = manifest.find_graph("decode", self.target)
         self._cache = CacheBuffers(
@@ -91,11 +91,18 @@ class OrtBackend:
             decode.dtype,
             on_gpu=on_gpu,
         )
-        if provider == "tensorrt" and self._cache.slot_bytes % _TENSORRT_ALIGNMENT:
-            raise ValueError(
-                f"a cache slot has {self._cache.slot_bytes} bytes a layer, TensorRT wants a "
-                f"multiple of {_TENSORRT_ALIGNMENT}; export with --max-seq-len a multiple of 64"
-            )
+        # On a GPU every session uploads its own copy.
+        self._weights = {} if on_gpu else map_weights(manifest, decode.dtype)
+        report = progress or (lambda _: None)
+        opener = _Opener(
+            manifest=manifest,
+            provider=provider,
+            threads=threads,
+            engines=engine_folder(manifest, engine_cache) if provider == "tensorrt" else None,
+            prepack=prepack,
+            weights=self._weights,
+            report=report,
+        )
         self._prefill = {
             length: opener.open(manifest.find_graph("prefill", self.target, length), self._cache)
             for length in shape.prefill_lens
@@ -110,17 +117,7 @@ class OrtBackend:
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
-        shape = self.shape
-        length = next((p for p in shape.prefill_lens if p >= len(ids)), None)
-        if not ids or length is None:
-            raise ValueError(f"chunk has {len(ids)} ids; allowed are 1 to {shape.prefill_len}")
-        if not 0 <= slot < shape.batch_size:
-            raise ValueError(f"slot is {slot}; allowed are 0 to {shape.batch_size - 1}")
-        if not 0 <= start <= shape.max_seq_len - length:
-            raise ValueError(
-                f"chunk starts at {start}; with prefill_len {length} and max_seq_len "
-                f"{shape.max_seq_len} it may start at 0 to {shape.max_seq_len - length}"
-            )
+        length = self.shape.chunk_len(slot, len(ids), start)
         padded = np.zeros((1, length), np.int64)
         padded[0, : len(ids)] = ids
         self._check_ids(padded)
@@ -131,6 +128,11 @@ class OrtBackend:
 
     def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of every slot; see Backend."""
+        if not ids.shape == positions.shape == (self.shape.batch_size,):
+            raise ValueError(
+                f"ids have shape {ids.shape} and positions {positions.shape}; both must be "
+                f"({self.shape.batch_size},), one for every slot"
+            )
         self._check_ids(ids)
         last = self.shape.num_positions - 1
         if positions.min() < 0 or positions.max() > last:
@@ -190,7 +192,8 @@ def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
         The target.
 
     Raises:
-        ValueError: The provider is unknown, the bundle lacks the target, or they don't match.
+        ValueError: The provider is unknown, the bundle lacks the target, they don't match, or a
+            slot's cache begins where the provider can't bind it.
     """
     if provider not in PROVIDERS:
         raise ValueError(f"provider is {provider!r}; it must be one of {', '.join(PROVIDERS)}")
@@ -204,55 +207,55 @@ def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
             f"the graphs of {chosen} are bfloat16, which onnxruntime's CPU provider can't run; "
             "use the cpu target, or export with --dtype float32"
         )
+    model, shape = manifest.model, manifest.shape
+    row_bytes = model.num_key_value_heads * model.head_dim * ITEM_BYTES[graph.dtype]
+    slot_bytes = shape.max_seq_len * row_bytes
+    if provider == "tensorrt" and shape.batch_size > 1 and slot_bytes % _TENSORRT_ALIGNMENT:
+        raise ValueError(
+            f"a cache slot has {slot_bytes} bytes a layer, TensorRT wants a multiple of "
+            f"{_TENSORRT_ALIGNMENT}; export with --max-seq-len a multiple of 64"
+        )
     return chosen
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Opener:
-    """Opens sessions with one set of options."""
+    """Opens graphs with one set of options and binds them to a cache."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        provider: str,
-        threads: int | None,
-        engine_cache: Path | None,
-        prepack: bool,
-        report: Callable[[str], None],
-    ) -> None:
-        self._manifest = manifest
-        self._provider = provider
-        self._threads = threads
-        self._prepack = prepack
-        self._report = report
-        if provider == "tensorrt":
-            self._engines = engine_folder(manifest, engine_cache)
+    manifest: Manifest
+    provider: str
+    threads: int | None
+    engines: Path | None
+    prepack: bool
+    weights: Mapping[str, Any]
+    report: Callable[[str], None]
 
     def open(self, graph: GraphFile, cache: CacheBuffers) -> BoundGraph:
-        """Opens a graph and binds it to the cache."""
-        building = self._provider == "tensorrt" and not has_engine(self._engines, graph)
-        self._report(
+        building = self.engines is not None and not has_engine(self.engines, graph)
+        self.report(
             f"building the TensorRT engine of {graph.role} (minutes, kept for the next start)"
             if building
             else f"loading {graph.role}"
         )
         options = SessionOptions(
-            provider=self._provider,
-            threads=self._threads,
-            prepack=self._prepack and graph.role == "decode",
+            provider=self.provider,
+            threads=self.threads,
+            prepack=self.prepack and graph.role == "decode",
             provider_options=self._provider_options(graph),
+            initializers=self.weights,
         )
         return BoundGraph(
-            open_session(self._manifest.folder / graph.file, options),
+            open_session(self.manifest.folder / graph.file, options),
             graph,
-            vocab_size=self._manifest.shape.vocab_size,
+            vocab_size=self.manifest.shape.vocab_size,
             cache=cache,
-            on_gpu=self._provider != "cpu",
+            on_gpu=self.provider != "cpu",
         )
 
     def _provider_options(self, graph: GraphFile) -> dict[str, str]:
-        if self._provider == "tensorrt":
-            return tensorrt_options(self._engines, graph)
-        if self._provider == "cuda":
+        if self.engines is not None:
+            return tensorrt_options(self.engines, graph)
+        if self.provider == "cuda":
             return {
                 "device_id": "0",
                 "use_tf32": "0",
@@ -261,14 +264,16 @@ class _Opener:
         return {}
 
 
-def _check_memory(manifest: Manifest, target: str, *, prepack: bool) -> None:
+def _check_memory(manifest: Manifest, provider: str, target: str, *, prepack: bool) -> None:
     needs = describe_bundle(manifest)["targets"][target]
-    weights = needs["weight_bytes"] * (2 if prepack else 1)
-    cache = needs["cache_bytes"]
-    free = available_bytes()
+    if provider == "cpu":
+        copies, free, where = 1 + prepack, available_bytes(), "memory"
+    else:
+        copies, free, where = needs["weight_copies"], free_bytes(), "GPU memory"
+    weights, cache = copies * needs["weight_bytes"], needs["cache_bytes"]
     if weights + cache > free:
         raise BackendUnavailableError(
             f"weights {format_bytes(weights)}, cache {format_bytes(cache)} do not fit in "
-            f"{format_bytes(free)} of free memory; export with a smaller --max-seq-len or "
+            f"{format_bytes(free)} of free {where}; export with a smaller --max-seq-len or "
             "--batch-size"
         )
