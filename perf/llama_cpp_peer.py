@@ -133,8 +133,9 @@ class _LlamaCppRunner:
         options.n_batch = _BATCH * setup.batch_size
         options.n_seq_max = setup.batch_size
         options.n_threads = options.n_threads_batch = setup.threads
-        if setup.dtype == "float32":  # its 16-bit default would round what the others keep
+        if setup.dtype == "float32":  # its cache and its fused attention would round to 16 bits
             options.type_k = options.type_v = api.GGML_TYPE_F32
+            options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = api.llama_init_from_model(self._model, options)
         if not context:
             raise BackendUnavailableError(f"llama.cpp has no context of {options.n_ctx} tokens")
