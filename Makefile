@@ -33,8 +33,9 @@ check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# Tables on the terminal; JSON and charts in build/bench. Peers that aren't installed are skipped.
 bench: .venv/.installed
-	$(BIN)/llamac bench
+	$(BIN)/llamac bench --model small --cold --prompt-len 128 --sweep 512 2048 --cold-start
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -20,7 +20,7 @@ from ..runtime.options import OneLineParser
 from .artifacts import find_model
 from .cold_start import run_cold_start
 from .machine import describe_machine, find_commit, package_versions
-from .measure import MIN_SWEEP_ROWS, open_group, run_cases, run_sweep, sweep_contexts
+from .measure import MIN_SWEEP_ROWS, measure_cases, measure_sweeps
 from .plan import Plan
 from .process import Worker, WorkerError
 from .report import summarize, write_run
@@ -31,7 +31,7 @@ __all__ = ["build_parser", "main"]
 
 _DEFAULT_SYSTEMS = {
     "cpu": ("eager", "compile", "ort-cpu", "transformers", "genai", "llama.cpp"),
-    "cuda": ("eager", "compile", "ort-cuda", "transformers", "transformers-static"),
+    "cuda": ("eager", "compile", "ort-cuda", "transformers"),
 }
 _MIN_TRIALS = 5
 _COLD_START_CHUNK = 16
@@ -159,15 +159,15 @@ def build_parser() -> argparse.ArgumentParser:
 def _measure(args: argparse.Namespace, plan: Plan, run: dict[str, Any]) -> None:
     if args.prompt_len or args.sweep:
         with _Probe(plan, run["limit_samples"]) as probe:
-            for batch_size in args.batch_size if args.prompt_len else ():
-                with open_group(plan, batch_size=batch_size) as entries:
-                    cases = list(product(args.prompt_len, args.new_tokens))
-                    run_cases(plan, entries, cases, probe.sample)
-                run["systems"] += [entry.result for entry in entries]
-            for max_seq_len in args.sweep:
-                with open_group(plan, batch_size=1, max_seq_len=max_seq_len) as entries:
-                    run_sweep(plan, entries, sweep_contexts(max_seq_len), probe.sample)
-                run["sweeps"][str(max_seq_len)] = [entry.result for entry in entries]
+            cases = list(product(args.prompt_len, args.new_tokens))
+            for batch_size in args.batch_size if cases else ():
+                run["systems"] += measure_cases(
+                    plan, batch_size=batch_size, cases=cases, probe=probe.sample
+                )
+            if args.sweep:  # an empty compile cache is measured once, above
+                run["sweeps"] = measure_sweeps(
+                    replace(plan, cold=False), lengths=args.sweep, probe=probe.sample
+                )
     if args.cold_start is not None:
         chunk = args.prefill_len or min(_COLD_START_CHUNK, plan.max_seq_len)
         if plan.model.bundle is not None:
@@ -190,8 +190,9 @@ def _plan(args: argparse.Namespace) -> Plan:
         layers=args.layers,
         announce=_say,
     )
-    needed = max(args.prompt_len, default=0) + max(args.new_tokens)
-    needed = max(needed, args.cold_start or 0)
+    needed = args.cold_start or 0
+    if args.prompt_len:
+        needed = max(needed, max(args.prompt_len) + max(args.new_tokens))
     rows = args.max_seq_len or min(max(needed, 512), model.config.max_position_embeddings)
     chunk = args.prefill_len or min(128, rows)
     if model.bundle is not None:
@@ -208,7 +209,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         static_shape(model.config, batch_size=batch_size, max_seq_len=rows, prefill_len=chunk)
     if needed > rows:
         raise ValueError(
-            f"--prompt-len and --new-tokens need {needed} cache rows, --max-seq-len is {rows}; "
+            f"prompt and new tokens need {needed} cache rows, --max-seq-len is {rows}; "
             "raise it or ask for fewer tokens"
         )
     return Plan(
@@ -272,4 +273,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ..runtime.cli import main as run_command
+
+    sys.exit(run_command(["bench", *sys.argv[1:]]))

@@ -115,11 +115,16 @@ def _draw_sweep(run: dict[str, Any], path: Path) -> None:
     """One panel a system, one line a cache length: lines that coincide cost only what is live."""
     sweeps = {rows: _right(results) for rows, results in run["sweeps"].items()}
     names = list(dict.fromkeys(r["name"] for results in sweeps.values() for r in results))
+    num_columns = min(len(names), 3)
+    num_rows = -(-len(names) // num_columns)
+    size = (1.5 + 3.4 * num_columns, 1.2 + 2.9 * num_rows)
     figure, grid = plt.subplots(
-        1, len(names), figsize=(1.5 + 3.6 * len(names), 4.2), layout="constrained", sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for axes, name in zip(grid[0], names, strict=True):
+        num_rows, num_columns, figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    panels = grid.flatten()
+    for axes in panels[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(panels, names, strict=False):
         limit: dict[int, float] = {}
         for index, (max_seq_len, results) in enumerate(sweeps.items()):
             points = next((r["sweep"] for r in results if r["name"] == name), [])
@@ -135,14 +140,16 @@ def _draw_sweep(run: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         axes.set_title(name, fontsize=10)
-        axes.set_xlabel("live tokens")
         axes.grid(alpha=0.3)
-    grid[0][0].set_ylim(bottom=0)
-    grid[0][0].set_ylabel("milliseconds a step")
+    for axes in panels[max(len(names) - num_columns, 0) : len(names)]:
+        axes.set_xlabel("live tokens")
+    for row in grid:
+        row[0].set_ylabel("milliseconds a step")
+    panels[0].set_ylim(bottom=0)
     figure.suptitle(
         f"{run['model']['name']}: step time against live context\n{_machine(run)}", fontsize=11
     )
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
     )

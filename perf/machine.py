@@ -55,12 +55,14 @@ def package_versions() -> dict[str, str]:
 
 def find_commit() -> str | None:
     """The commit of the source tree, with a + if files differ from it; None outside one."""
-    here = Path(__file__).resolve().parent
-    head = _run(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"])
-    if head is None:
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    # Installed below somebody else's repository, this file isn't one of its own.
+    if _run([*git, "ls-files", "--error-unmatch", here.name]) is None:
         return None
-    changes = _run(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
-    return head + ("+" if changes else "")
+    head = _run([*git, "rev-parse", "--short=12", "HEAD"])
+    changes = _run([*git, "status", "--porcelain", "--untracked-files=no"])
+    return None if head is None else head + ("+" if changes else "")
 
 
 def device_used_bytes() -> int | None:

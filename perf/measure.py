@@ -12,110 +12,73 @@ from typing import Any
 from .artifacts import build_artifact
 from .machine import device_used_bytes
 from .plan import Entry, Plan, in_turn, random_prompt
-from .process import WorkerError
 from .reference import Reference
 from .systems import SYSTEMS
 
-__all__ = ["MIN_SWEEP_ROWS", "open_group", "run_cases", "run_sweep", "sweep_contexts"]
+__all__ = ["MIN_SWEEP_ROWS", "measure_cases", "measure_sweeps", "sweep_contexts"]
 
 _SETTLE_S = 0.05  # lets the last system's threads go to sleep
 _SWEEP_STEPS = 8
 MIN_SWEEP_ROWS = 4 * _SWEEP_STEPS
 
 
-@contextmanager
-def open_group(
-    plan: Plan, *, batch_size: int, max_seq_len: int | None = None
-) -> Iterator[list[Entry]]:
-    """Prepares every system of a plan in a process of its own and checks it.
+def measure_cases(
+    plan: Plan, *, batch_size: int, cases: Sequence[tuple[int, int]], probe: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Times prompts and the steps after them, all systems side by side.
 
     Args:
         plan: What is measured.
         batch_size: B.
-        max_seq_len: S; None is the plan's.
-
-    Yields:
-        The entries; those with a worker are ready and right.
-    """
-    sizes: dict[str, Any] = {"batch_size": batch_size, "max_seq_len": max_seq_len}
-    entries = [Entry.of(plan, name, **sizes) for name in plan.systems]
-    with ExitStack() as stack:
-        work = Path(stack.enter_context(TemporaryDirectory(prefix="llamac-bench-")))
-        reference = Reference.compute(plan, work, **sizes)
-        for entry in entries:
-            plan.say(f"preparing {entry.setup.system}")
-            stack.callback(entry.close)
-            with entry.guarded(plan):
-                _prepare(plan, entry, work)
-                reference.check(entry)
-        yield entries
-
-
-def run_cases(
-    plan: Plan, entries: list[Entry], cases: Sequence[tuple[int, int]], probe: Callable[[], None]
-) -> None:
-    """Times prompts and the steps after them, the systems taking turns.
-
-    Args:
-        plan: What is measured.
-        entries: Of open_group; their results gain `cases`, `memory` and `idle_cpu_share`.
         cases: Pairs of prompt length and number of new tokens.
         probe: Called once a trial, to measure the machine under the same conditions.
+
+    Returns:
+        A result for each system, with `cases`, `memory` and `idle_cpu_share`.
     """
-    for prompt_len, num_new in cases:
-        for trial in range(-1, plan.trials):  # trial -1 is the warm-up
-            plan.say(
-                f"prompt {prompt_len}, new {num_new}: "
-                + (f"trial {trial + 1} of {plan.trials}" if trial >= 0 else "warm-up")
-            )
-            probe()
-            for entry in in_turn(entries, trial):
-                prompt = random_prompt(plan, entry.setup.batch_size, prompt_len, seed=2 + trial)
-                count = num_new if trial >= 0 else min(num_new, 4)
-                reply = _timed(entries, entry, "trial", prompt=prompt, num_new=count)
-                if reply is None or trial < 0:
-                    continue
-                case = _case(entry, prompt_len, num_new)
-                case["prefill_s"].append(reply["prefill_s"])
-                case["step_s"].append(reply["step_s"])
-    for entry in entries:
-        if entry.worker is not None:
-            entry.result["memory"] |= entry.worker.call("memory")
-        if entry.idle_s:
-            entry.result["idle_cpu_share"] = entry.idle_cpu_s / entry.idle_s
+    entries = [Entry.of(plan, name, batch_size=batch_size) for name in plan.systems]
+    with TemporaryDirectory(prefix="llamac-bench-") as work:
+        reference = Reference.compute(plan, Path(work), batch_size=batch_size)
+        with _open_group(plan, entries, [reference] * len(entries), Path(work)):
+            for prompt_len, num_new in cases:
+                _run_case(plan, entries, prompt_len, num_new, probe)
+            _finish(entries)
+    return [entry.result for entry in entries]
 
 
-def run_sweep(
-    plan: Plan, entries: list[Entry], contexts: Sequence[int], probe: Callable[[], None]
-) -> None:
-    """Times steps at growing numbers of live tokens.
+def measure_sweeps(
+    plan: Plan, *, lengths: Sequence[int], probe: Callable[[], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Times steps at growing numbers of live tokens, in caches of several lengths.
+
+    The lengths are what is compared, so the caches of one system are timed side by side, and the
+    systems one after the other.
 
     Args:
-        plan: What is measured.
-        entries: Of open_group; their results gain `sweep`.
-        contexts: Live tokens before the first step, ascending.
-        probe: As of run_cases.
+        plan: What is measured; batch 1.
+        lengths: S.
+        probe: As of measure_cases.
+
+    Returns:
+        By length, a result for each system, with `sweep`.
     """
-    for trial in range(-1, plan.trials):
-        plan.say(f"sweep to {contexts[-1]}: trial {trial + 1} of {plan.trials}")
-        probe()
-        for entry in entries:
-            if entry.worker is not None:
-                entry.worker.call("reset")
-        for context in contexts:
-            for entry in in_turn(entries, trial):
-                reply = _timed(
-                    entries,
-                    entry,
-                    "steps_at",
-                    context=context,
-                    num_steps=_SWEEP_STEPS,
-                    batch_size=entry.setup.batch_size,
-                )
-                if reply is None or trial < 0:
-                    continue
-                points = entry.result.setdefault("sweep", {}).setdefault(str(context), [])
-                points.extend(reply["step_s"])
+    results: dict[str, list[dict[str, Any]]] = {str(length): [] for length in lengths}
+    with ExitStack() as stack:
+        folders = [
+            Path(stack.enter_context(TemporaryDirectory(prefix="llamac-bench-"))) for _ in lengths
+        ]
+        references = [
+            Reference.compute(plan, folder, batch_size=1, max_seq_len=length)
+            for folder, length in zip(folders, lengths, strict=True)
+        ]
+        for name in plan.systems:
+            entries = [Entry.of(plan, name, batch_size=1, max_seq_len=rows) for rows in lengths]
+            with _open_group(plan, entries, references, folders[0]):
+                _run_sweep(plan, entries, probe)
+                _finish(entries)
+            for entry in entries:
+                results[str(entry.setup.max_seq_len)].append(entry.result)
+    return results
 
 
 def sweep_contexts(max_seq_len: int) -> list[int]:
@@ -125,8 +88,73 @@ def sweep_contexts(max_seq_len: int) -> list[int]:
     return sorted({point for point in points if point < last - _SWEEP_STEPS} | {last})
 
 
+@contextmanager
+def _open_group(
+    plan: Plan, entries: list[Entry], references: Sequence[Reference], work: Path
+) -> Iterator[None]:
+    """Starts every entry in a process of its own and checks it; what has a worker is right."""
+    with ExitStack() as stack:
+        for entry, reference in zip(entries, references, strict=True):
+            plan.say(f"preparing {entry.name}")
+            stack.callback(entry.close)
+            with entry.guarded(plan):
+                _prepare(plan, entry, work)
+                reference.check(entry)
+        yield
+
+
+def _run_case(
+    plan: Plan, entries: list[Entry], prompt_len: int, num_new: int, probe: Callable[[], None]
+) -> None:
+    for trial in range(-1, plan.trials):  # trial -1 is the warm-up
+        plan.say(
+            f"prompt {prompt_len}, new {num_new}: "
+            + (f"trial {trial + 1} of {plan.trials}" if trial >= 0 else "warm-up")
+        )
+        probe()
+        for entry in in_turn(entries, trial):
+            prompt = random_prompt(plan, entry.setup.batch_size, prompt_len, seed=2 + trial)
+            count = num_new if trial >= 0 else min(num_new, 4)
+            reply = _timed(plan, entries, entry, "trial", prompt=prompt, num_new=count)
+            if reply is None or trial < 0:
+                continue
+            case = _case(entry, prompt_len, num_new)
+            case["prefill_s"].append(reply["prefill_s"])
+            case["step_s"].append(reply["step_s"])
+
+
+def _run_sweep(plan: Plan, entries: list[Entry], probe: Callable[[], None]) -> None:
+    contexts = {entry.name: sweep_contexts(entry.setup.max_seq_len) for entry in entries}
+    for trial in range(-1, plan.trials):
+        plan.say(
+            f"{entries[0].setup.system}, live context: "
+            + (f"trial {trial + 1} of {plan.trials}" if trial >= 0 else "warm-up")
+        )
+        probe()
+        for entry in in_turn(entries, trial):
+            _timed(plan, entries, entry, "reset")
+        for context in sorted({point for points in contexts.values() for point in points}):
+            for entry in in_turn(entries, trial):
+                if context not in contexts[entry.name]:
+                    continue
+                step = {"context": context, "num_steps": _SWEEP_STEPS, "batch_size": 1}
+                reply = _timed(plan, entries, entry, "steps_at", **step)
+                if reply is None or trial < 0:
+                    continue
+                points = entry.result.setdefault("sweep", {}).setdefault(str(context), [])
+                points.extend(reply["step_s"])
+
+
+def _finish(entries: list[Entry]) -> None:
+    for entry in entries:
+        if entry.worker is not None:
+            entry.result["memory"] |= entry.worker.call("memory")
+        if entry.idle_s:
+            entry.result["idle_cpu_share"] = entry.idle_cpu_s / entry.idle_s
+
+
 def _timed(
-    entries: list[Entry], entry: Entry, command: str, **arguments: Any
+    plan: Plan, entries: list[Entry], entry: Entry, command: str, **arguments: Any
 ) -> dict[str, Any] | None:
     """One command of one worker, while all others should sleep; None if the worker ended."""
     time.sleep(_SETTLE_S)
@@ -134,11 +162,9 @@ def _timed(
     idle = [(other, other.worker) for other in entries if other.worker and other is not entry]
     before = [worker.cpu_s() for _, worker in idle]
     begin = time.perf_counter()
-    try:
+    reply = None
+    with entry.guarded(plan):
         reply = entry.worker.call(command, **arguments)
-    except WorkerError as error:
-        entry.stop("FAIL", str(error))
-        reply = None
     elapsed = time.perf_counter() - begin
     for (other, worker), used in zip(idle, before, strict=True):
         other.idle_cpu_s += worker.cpu_s() - used

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +59,9 @@ class _TransformersRunner:
         self.precision = setup.dtype
         self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
         self.facts: dict[str, object] = {"transformers": transformers.__version__}
+        # Renamed in 5.24, and called by the old name with a warning.
+        parameters = signature(transformers.LlamaForCausalLM.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._step: Any = self._model
         self._cache: Any = None
         self.reset()
@@ -102,9 +106,9 @@ class _TransformersRunner:
                 position_ids=torch.arange(
                     self._position, self._position + count, device=self._setup.device
                 )[None].expand(len(ids), -1),
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_name: self._cache},
             )
         self._position += count
         return out.logits[:, -1].float().cpu().numpy()
@@ -143,6 +147,8 @@ class _GenaiRunner:
                 f"genai's graphs end at {facts['model']['context_length']} tokens, "
                 f"max_seq_len is {setup.max_seq_len}"
             )
+        if setup.batch_size > 1:
+            raise BackendUnavailableError("genai takes ids after the prompt in batches of 1 only")
         options = {"intra_op_num_threads": setup.threads}
         config = genai.Config(setup.artifact)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))

@@ -88,6 +88,11 @@ class Entry:
     idle_cpu_s: float = field(default=0.0)
     idle_s: float = field(default=0.0)
 
+    @property
+    def name(self) -> str:
+        """The system's, with its cache's length."""
+        return f"{self.setup.system}-{self.setup.max_seq_len}"
+
     @classmethod
     def of(
         cls, plan: Plan, system: str, *, batch_size: int, max_seq_len: int | None = None
@@ -100,9 +105,7 @@ class Entry:
 
     def start(self, plan: Plan, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Starts its process and makes it ready; returns what `prepare` answers."""
-        self.worker = Worker(
-            self.setup.system, plan.logs, threads=plan.threads, environment=environment
-        )
+        self.worker = Worker(self.name, plan.logs, threads=plan.threads, environment=environment)
         return self.worker.call("prepare", setup=self.setup)
 
     def close(self) -> None:
@@ -126,8 +129,7 @@ class Entry:
         except WorkerError as error:
             self.stop("FAIL", str(error))
         if self.result["status"] != "ok":
-            name, result = self.setup.system, self.result
-            plan.say(f"{name}: {result['status']}: {result['message']}")
+            plan.say(f"{self.setup.system}: {self.result['status']}: {self.result['message']}")
 
 
 def in_turn(entries: list[Entry], trial: int) -> list[Entry]:

@@ -81,9 +81,14 @@ class Worker:
             raise BackendUnavailableError(reply["refused"])
         return reply
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def cpu_s(self) -> float:
         """CPU time the process has used so far; an idle one that spins is seen here."""
-        text = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2]
+        text = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2]
         user, system = text.split()[11:13]
         return (int(user) + int(system)) * _TICK_S
 

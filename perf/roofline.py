@@ -154,7 +154,7 @@ class LimitProbe:
             for dtype in dtypes
         }
 
-    def measure(self, repeats: int = 3) -> dict[str, Any]:
+    def measure(self, repeats: int = 2) -> dict[str, Any]:
         """Runs every kernel and keeps the best of each.
 
         Args:
