@@ -98,8 +98,7 @@ def test_systems_compute_the_same(
     logits = run_steps(runner, expected.shape[1])
     assert np.unique(expected.argmax(axis=-1)).size > 4  # else equal choices would mean little
     np.testing.assert_array_equal(logits.argmax(axis=-1), expected.argmax(axis=-1))
-    # llama.cpp's attention on CPUs rounds to 16 bits unless it is told not to be fast.
-    rtol, atol = TOLERANCE["float16" if system == "llama.cpp" else "float32"]
+    rtol, atol = TOLERANCE["float32"]
     np.testing.assert_allclose(logits, expected, rtol=rtol, atol=atol)
 
 
@@ -112,7 +111,7 @@ def test_peers_seek_by_feeding_tokens(system: str, checkpoint: Path, tmp_path: P
     runner.reset()
     runner.extend(np.zeros((len(ids), 3), dtype=np.int64))
     runner.seek(7)
-    rtol, atol = TOLERANCE["float16" if system == "llama.cpp" else "float32"]
+    rtol, atol = TOLERANCE["float32"]
     np.testing.assert_allclose(runner.decode(ids), after_prompt, rtol=rtol, atol=atol)
 
 
