@@ -173,6 +173,8 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         state.Fail,
         state.InvalidArgument,
         state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NoSuchFile,
         state.NotImplemented,
         state.RuntimeException,
     ) as error:

@@ -324,6 +324,17 @@ def test_a_second_generation_equals_the_first(backend: OrtBackend):
     assert [len(ids) for ids in runs[0]] == [2 * S] * len(requests)
 
 
+def test_a_slot_that_rolled_to_a_position_rolls_there_again_after_a_new_prompt(
+    backend: OrtBackend,
+):
+    model = our_model("llama-3.1", num_positions=NUM_POSITIONS)
+    for seed in (7, 8):
+        ids = random_ids(S + 1, seed=seed)
+        prefill_chunks(backend, 0, ids[:S])
+        expected = banded_forward(model, ids, S).numpy()
+        assert_close(decode_slot(backend, 0, ids[S], S), expected[S])
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_mix_of_requests_gives_the_tokens_of_eager(any_backends, data: st.DataObject):
