@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from llamac.runtime.cli import main
 
 SHARED_CHECKPOINT = Path(__file__).parents[2] / "shared" / "checkpoints" / "stories260K"
 
@@ -34,6 +37,35 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["XDG_CACHE_HOME"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Runs a command line; gives its exit code, stdout and stderr."""
+
+    def run_main(*argv: str | Path) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as stop:  # argparse's own way out
+            code = stop.code
+        assert isinstance(code, int)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_main
+
+
+@pytest.fixture
+def refused(run):
+    """Asserts one line on stderr, nothing on stdout, exit code 2."""
+
+    def check(message: str, *argv: str | Path) -> None:
+        code, out, err = run(*argv)
+        assert re.search(message, err), err
+        assert re.fullmatch(r"llamac.*: .+\n", err), err
+        assert (code, out) == (2, "")
+
+    return check
 
 
 # Absolute and relative bounds on logits that two computations of the same model may differ by.

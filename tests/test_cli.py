@@ -22,7 +22,6 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import load_backend
 from llamac.model.random_weights import write_random_checkpoint
-from llamac.runtime.cli import main
 from llamac.runtime.commands import Session, generate_texts, sampling_request
 from llamac.runtime.sampling import SamplingParams
 from llamac.runtime.tokenizer_files import load_tokenizer
@@ -76,35 +75,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(tiny: Path, tmp_path: Path) -> Path:
     """A copy, to be damaged."""
     return shutil.copytree(tiny, tmp_path / "damaged")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    """Runs a command line; gives its exit code, stdout and stderr."""
-
-    def run_main(*argv: str | Path) -> tuple[int, str, str]:
-        try:
-            code = main([str(word) for word in argv])
-        except SystemExit as stop:  # argparse's own way out
-            code = stop.code
-        assert isinstance(code, int)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_main
-
-
-@pytest.fixture
-def refused(run):
-    """Asserts one line on stderr, nothing on stdout, exit code 2."""
-
-    def check(message: str, *argv: str | Path) -> None:
-        code, out, err = run(*argv)
-        assert re.search(message, err), err
-        assert re.fullmatch(r"llamac.*: .+\n", err), err
-        assert (code, out) == (2, "")
-
-    return check
 
 
 def subprocess_args(*argv: str | Path, before: str = "") -> list[str]:
