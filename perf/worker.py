@@ -31,9 +31,14 @@ Command = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class _Worker:
-    """Answers commands; `prepare` comes first."""
+    """Answers commands; `prepare` comes first.
 
-    def __init__(self) -> None:
+    Args:
+        start_s: When the process was ready to import a system, on the clock of `time.time`.
+    """
+
+    def __init__(self, start_s: float) -> None:
+        self._start_s = start_s
         self._runner: Runner | None = None
         self._probe: LimitProbe | None = None
 
@@ -63,7 +68,8 @@ class _Worker:
         runner = SYSTEMS[setup.system].open(setup)
         self._runner = runner
         phases = {**runner.phases, "harness_s": harness_s}
-        return {"phases": phases, "precision": runner.precision, "facts": runner.facts}
+        facts = {"precision": runner.precision, "facts": runner.facts}
+        return {"start_s": self._start_s, "phases": phases, **facts}
 
     def trial(self, request: dict[str, Any]) -> dict[str, Any]:
         """Times a prompt and the steps after it.
@@ -138,10 +144,9 @@ def _sizes(lines: list[str]) -> list[tuple[str, str, str]]:
 
 def main() -> None:
     """Answers commands until standard input ends."""
-    start_s = time.time()
+    worker = _Worker(time.time())
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not look like a reply
-    worker = _Worker()
     for line in sys.stdin:
         request = json.loads(line)
         command: Command = getattr(worker, request["command"])
@@ -149,7 +154,7 @@ def main() -> None:
             reply = command(request)
         except BackendUnavailableError as error:
             reply = {"refused": " ".join(str(error).split())}
-        print(json.dumps({"start_s": start_s, **reply}), file=replies, flush=True)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":
