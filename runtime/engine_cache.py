@@ -51,7 +51,9 @@ def has_engine(folder: Path, graph: GraphFile) -> bool:
 def tensorrt_options(folder: Path, graph: GraphFile) -> dict[str, str]:
     """Options of ONNX Runtime's TensorRT provider for one graph.
 
-    No precision flag: without one the network is strongly typed, as the graph says.
+    No precision flag: without one the network is strongly typed, as the graph says. Products in
+    float32 are TF32 all the same, unless NVIDIA_TF32_OVERRIDE=0 is in the environment: ONNX
+    Runtime has no option for it.
 
     Args:
         folder: What engine_folder returned.

@@ -52,7 +52,7 @@ def print_bundle(manifest: Manifest) -> None:
     for target, needs in about["targets"].items():
         print(
             f"  target {target}: {needs['dtype']}, weights {format_bytes(needs['weight_bytes'])}, "
-            f"cache {format_bytes(needs['cache_bytes'])}; {_memory(needs)}"
+            f"cache {format_bytes(needs['cache_bytes'])}; {_memory(target, needs)}"
         )
         for graph in manifest.graphs:
             if graph.target == target:
@@ -88,10 +88,11 @@ def _describe_target(manifest: Manifest, target: str) -> dict[str, Any]:
     }
 
 
-def _memory(needs: dict[str, Any]) -> str:
-    if needs["host_bytes"]:
+def _memory(target: str, needs: dict[str, Any]) -> str:
+    if target == "cpu":
         return f"{format_bytes(needs['host_bytes'])} of host memory, the weights mapped once"
+    holder = "engine" if target == "tensorrt" else "session"
     return (
-        f"{format_bytes(needs['device_bytes'])} of device memory, the weights once per engine "
+        f"{format_bytes(needs['device_bytes'])} of device memory, the weights once per {holder} "
         f"({needs['weight_copies']})"
     )

@@ -68,6 +68,8 @@ class SessionOptions:
 def provider_problem(provider: str) -> str | None:
     """What a provider lacks on this machine.
 
+    NVIDIA's libraries that are found stay loaded, so that ONNX Runtime finds them too.
+
     Args:
         provider: One of PROVIDERS.
 

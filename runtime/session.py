@@ -37,7 +37,7 @@ class OrtBackend:
     """A bundle in ONNX Runtime, behind the Backend protocol.
 
     The cache is bound as the graphs' past and present, so each step writes it in place; prefill
-    is bound to one slot of it. Ids, positions and logits are bound too: a step allocates nothing.
+    is bound to one slot of it. Ids, positions and logits have buffers that stay, too.
 
     Args:
         bundle: The bundle or its folder.

@@ -20,6 +20,7 @@ from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.random_weights import write_random_checkpoint
 from llamac.runtime.cli import main
+from llamac.runtime.load import load
 from llamac.runtime.manifest import Manifest, open_bundle
 from llamac.runtime.providers import PROVIDERS, provider_problem
 from llamac.runtime.tokenizer_files import load_tokenizer
@@ -210,6 +211,16 @@ def test_the_published_texts_come_from_a_bundle(run, stories260k, expected_texts
             )
             assert code == 0
             assert out == expected["text"] + "\n"
+
+
+def test_python_says_what_the_command_says(run, bundle: Path):
+    words = ("--prompt", "ab", "--prompt", "c", "--json", "--max-new-tokens", "9", "--seed", "5")
+    results = json.loads(run(*run_words(bundle, *words))[1])
+    model = load(bundle, threads=1)
+    sampling = {"max_new_tokens": 9, "temperature": 0.8, "seed": 5}
+    completions = model.generate("ab", "c", **sampling)
+    assert [done.ids for done in completions] == [result["ids"] for result in results]
+    assert "".join(model.stream("ab", **sampling)) == results[0]["text"]
 
 
 # What is refused
