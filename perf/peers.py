@@ -91,10 +91,14 @@ class _TransformersRunner:
         return self._forward(self._step, ids[:, None])
 
     def seek(self, position: int) -> None:
-        """See Runner; feeds tokens."""
-        while self._position < position:
-            count = min(512, position - self._position)
-            self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
+        """See Runner; appends rows of zeros to the cache, as feeding tokens may take minutes."""
+        config, torch = self._model.config, self._torch
+        count = position - self._position
+        shape = (self._setup.batch_size, config.num_key_value_heads, count, config.head_dim)
+        rows = torch.zeros(shape, dtype=self._model.dtype, device=self._setup.device)
+        for layer in range(config.num_hidden_layers if count else 0):
+            self._cache.update(rows, rows, layer)
+        self._position = position
 
     def _forward(self, call: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         torch = self._torch

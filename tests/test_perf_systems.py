@@ -13,6 +13,7 @@ import torch
 from conftest import TOLERANCE
 from numpy.typing import NDArray
 
+from llamac.model.compiled import TorchBackend
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import rotate
 from llamac.model.random_weights import write_random_checkpoint
@@ -102,7 +103,24 @@ def test_systems_compute_the_same(
     np.testing.assert_allclose(logits, expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("system", ["transformers", "genai", "llama.cpp"])
+def test_transformers_seeks_with_rows_of_zeros(checkpoint: Path, tmp_path: Path) -> None:
+    """As our cache has where nothing was written, once its warm-up's rows are cleared."""
+    ours = open_system(checkpoint, "eager", tmp_path)
+    assert isinstance(ours, BackendRunner)
+    assert isinstance(ours.backend, TorchBackend)
+    for buffer in (*ours.backend.cache.k, *ours.backend.cache.v):
+        buffer.zero_()
+    logits = []
+    for runner in (ours, open_system(checkpoint, "transformers", tmp_path)):
+        runner.seek(7)
+        runner.decode(np.array([1, 2]))
+        runner.seek(8)
+        logits.append(runner.decode(np.array([5, 6])).copy())
+    rtol, atol = TOLERANCE["float32"]
+    np.testing.assert_allclose(*logits, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("system", ["genai", "llama.cpp"])
 def test_peers_seek_by_feeding_tokens(system: str, checkpoint: Path, tmp_path: Path) -> None:
     runner = open_system(checkpoint, system, tmp_path / "artifact")
     ids = np.array([5] if system == "genai" else [5, 6])
