@@ -26,7 +26,7 @@ demo: .venv/.installed
 	@echo "the bundle tells the compiled model's story"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -35,7 +35,9 @@ check: .venv/.installed
 
 # Tables on the terminal; JSON and charts in build/bench. Peers that aren't installed are skipped.
 bench: .venv/.installed
-	$(BIN)/llamac bench --model small --cold --prompt-len 128 --sweep 512 2048 --cold-start
+	$(BIN)/llamac bench --model small
+	$(BIN)/llamac bench --model small --backend compile --backend ort-cpu \
+		--sweep 512 2048 --cold-start
 
 clean:
 	rm -rf .venv build dist *.egg-info
