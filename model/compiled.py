@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sysconfig
@@ -17,19 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch._dynamo.utils import counters
-from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch import Tensor, nn
 
 from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.cache_folder import cache_folder
 from .cache import KVCache
 from .llama import Llama, TorchAttention, call_layer
+from .saved_step import SavedStep
 
 __all__ = ["Startup", "TorchBackend", "compiler_problem"]
 
-_Step = Callable[[Tensor, Tensor, Tensor, Tensor, KVCache], Tensor]
+_Step = Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor, Tensor, KVCache], Tensor]
 
 # Inductor's default of 512 elements a thread splits the reduction of a matrix-vector product
 # between threads; rows are what should be split.
@@ -41,9 +40,9 @@ class Startup:
     """What making the backend ready cost.
 
     Attributes:
-        compile_s: First calls of all callables: trace, compile or load from the disk cache.
-        warmup_s: Second calls, at full speed.
-        cache_hit: Whether every graph came from the disk cache; None when nothing is compiled.
+        compile_s: Loading the steps from the disk cache, or else their first calls.
+        warmup_s: Second calls, at full speed; a loaded step needs none.
+        cache_hit: Whether every step came from the disk cache; None when nothing is compiled.
     """
 
     compile_s: float
@@ -108,23 +107,25 @@ class TorchBackend:
         self._slots = [self.cache.slot(index) for index in range(batch_size)]
         self._addresses = self._cache_addresses()
 
-        attention = TorchAttention()
-        layer = call_layer
-        if compile and not unroll_layers:
-            layer = torch.compiler.nested_compile_region(call_layer)
-
-        def step(ids: Tensor, positions: Tensor, rows: Tensor, last: Tensor, c: KVCache) -> Tensor:
-            return model(ids, positions, rows, last, c, attention, layer)
+        self._model, self._attention = model, TorchAttention()
+        on_cpu = self._device.type == "cpu"
 
         def build(name: str) -> _Step:
-            # torch.compile keys its cache on the code object: a copy for every callable keeps
-            # one backend's shapes from counting as another's recompiles.
-            code = step.__code__.replace(co_name=name)
-            copy = FunctionType(code, step.__globals__, name, None, step.__closure__)
             if not compile:
-                return copy
-            options = _CPU_OPTIONS if self._device.type == "cpu" else None
-            return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
+                return _step(name, call_layer)
+
+            def compiled() -> _Step:
+                layer: Callable[..., Any] = call_layer
+                if not unroll_layers:
+                    layer = torch.compiler.nested_compile_region(call_layer)
+                step = _step(name, layer)
+                options = {**_CPU_OPTIONS, "guard_filter_fn": _guards_inputs} if on_cpu else None
+                return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+            if not on_cpu:
+                return compiled()
+            dtype = self.cache.k[0].dtype
+            return SavedStep(compiled, name, config, dtype, self.shape, all_logits, unroll_layers)
 
         self._prefill = {length: build(f"prefill_{length}") for length in prefill_lens}
         self._decode = build("decode")
@@ -188,40 +189,46 @@ class TorchBackend:
         if self._compiled and self._warm:
             if self._cache_addresses() != self._addresses:
                 raise RuntimeError("the KV cache was reallocated after warm-up")
-            stance = torch.compiler.set_stance("fail_on_recompile")
+            if self._device.type == "cuda":
+                stance = torch.compiler.set_stance("fail_on_recompile")
         with torch.no_grad(), stance:
-            return step(ids, positions, rows, last, cache)
+            return step(self._model, self._attention, ids, positions, rows, last, cache)
 
     def _cache_addresses(self) -> list[int]:
         return [buffer.data_ptr() for buffer in (*self.cache.k, *self.cache.v)]
 
     def _start(self, progress: Callable[[str], None]) -> Startup:
-        """Runs everything twice: the first call compiles, the second is warm."""
-        misses = counters["inductor"]["fxgraph_cache_miss"]
-        shape = self.shape
-        ids = np.zeros(shape.batch_size, dtype=np.int64)
-        calls: list[tuple[str, Callable[[], object]]] = [
-            (f"prefill of {p}", lambda p=p: self._run_prefill(0, [0] * p, 0))
-            for p in shape.prefill_lens
+        """Loads every step, or else runs it twice: the first call compiles, the second is warm."""
+        ids = np.zeros(self.shape.batch_size, dtype=np.int64)
+        calls: list[tuple[str, _Step, Callable[[], object]]] = [
+            (f"prefill of {p}", step, lambda p=p: self._run_prefill(0, [0] * p, 0))
+            for p, step in self._prefill.items()
         ]
-        calls.append(("decode", lambda: self.decode(ids, ids)))
-        compile_s = warmup_s = 0.0
-        with _compile_cache() if self._compiled else contextlib.nullcontext():
-            if self._compiled and self._device.type == "cpu":
-                # Inductor tries out the compiler's vector instructions in processes of their own,
-                # which take as long as the tracing before it asks for the result.
-                threading.Thread(target=pick_vec_isa, daemon=True).start()
-            for name, call in calls:
+        calls.append(("decode", self._decode, lambda: self.decode(ids, ids)))
+        loaded = misses = 0
+        begin = time.perf_counter()
+        with _compiler(self._device) if self._compiled else contextlib.nullcontext():
+            compile_s, warmup_s = time.perf_counter() - begin, 0.0
+            if self._compiled:
+                misses = _cache_misses()
+            for name, step, call in calls:
                 progress(f"compiling {name}" if self._compiled else f"warming up {name}")
                 begin = time.perf_counter()
+                if isinstance(step, SavedStep) and step.load():
+                    compile_s += time.perf_counter() - begin
+                    loaded += 1
+                    continue
                 call()
                 middle = time.perf_counter()
                 call()
                 compile_s += middle - begin
                 warmup_s += time.perf_counter() - middle
+        hit = None
         if self._compiled and self._device.type == "cuda":
             self._capture()
-        hit = counters["inductor"]["fxgraph_cache_miss"] == misses if self._compiled else None
+            hit = _cache_misses() == misses
+        elif self._compiled:
+            hit = loaded == len(calls)
         return Startup(compile_s=compile_s, warmup_s=warmup_s, cache_hit=hit)
 
     def _capture(self) -> None:
@@ -229,8 +236,37 @@ class TorchBackend:
         graph = torch.cuda.CUDAGraph()
         ids, positions, rows, last = self._decode_inputs
         with torch.no_grad(), torch.cuda.graph(graph):
-            self._graph_logits = self._decode(ids, positions, rows, last, self.cache)
+            self._graph_logits = self._decode(
+                self._model, self._attention, ids, positions, rows, last, self.cache
+            )
         self._graph = graph
+
+
+def _step(name: str, call_layer: Callable[..., Tensor]) -> _Step:
+    def step(
+        model: nn.Module,
+        attention: nn.Module,
+        ids: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        last: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
+        return model(ids, positions, rows, last, cache, attention, call_layer)
+
+    # torch.compile keys its cache on the code object: a copy for every step keeps one backend's
+    # shapes from counting as another's recompiles.
+    code = step.__code__.replace(co_name=name)
+    return FunctionType(code, step.__globals__, name, None, step.__closure__)
+
+
+def _guards_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Of what a saved step would check at each call, keeps the shapes and dtypes of its inputs.
+
+    Weights and cache are the backend's own and stay what they were.
+    """
+    inputs = {"ids", "positions", "rows", "last"}
+    return [guard.guard_type == "TENSOR_MATCH" and guard.name in inputs for guard in guards]
 
 
 def compiler_problem() -> str | None:
@@ -244,17 +280,44 @@ def compiler_problem() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _compile_cache() -> Iterator[None]:
-    """Keeps compiled graphs in the user's cache folder unless the environment names another.
+def _cache_misses() -> int:
+    from torch._dynamo.utils import counters
 
-    Importing Inductor sets the variable to its own default, a folder in /tmp.
+    return counters["inductor"]["fxgraph_cache_miss"]
+
+
+@contextlib.contextmanager
+def _compiler(device: torch.device) -> Iterator[None]:
+    """Imports torch's compiler, and keeps its cache in the user's folder.
+
+    The cache is elsewhere if the environment names another folder.
     """
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name, default_cache_dir())
-    if before == default_cache_dir():
-        os.environ[name] = str(cache_folder("inductor"))
+    with _no_collection():
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        name = "TORCHINDUCTOR_CACHE_DIR"
+        before = os.environ.get(name, default_cache_dir())  # the import may have set it
+        if before == default_cache_dir():
+            os.environ[name] = str(cache_folder("inductor"))
+        if device.type == "cpu":
+            # Inductor tries out the compiler's vector instructions in a process of its own.
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+            threading.Thread(target=pick_vec_isa, daemon=True).start()
+        import torch._inductor.compile_fx  # noqa: F401
     try:
         yield
     finally:
         os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Imports in a third less time: what they make stays, and would be walked again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

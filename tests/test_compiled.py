@@ -84,12 +84,10 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
 
 
 def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
-    with pytest.raises(RuntimeError, match="fail_on_recompile"):
-        single._call(
-            single._decode,
-            [torch.zeros(size, dtype=torch.int64) for size in ((1, 2), (1,), (1,), (1, 1))],
-            single.cache,
-        )
+    for sizes in (((1, 2), (1,), (1,), (1, 1)), ((1, 1), (1,), (1,), (1, 2))):
+        inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+        with pytest.raises(RuntimeError, match="GuardManager check failed"):
+            single._call(single._decode, inputs, single.cache)
 
 
 def test_a_reallocated_cache_is_an_error():
@@ -148,27 +146,49 @@ def test_rolled_compiled_equals_eager_for_three_windows(
     assert len(eager) == 3 * ROWS
 
 
+_START = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+from llamac.model import *
+torch.manual_seed(0)
+torch.set_num_threads(int(sys.argv[2]))
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+model = Llama(config, num_positions=64).requires_grad_(False)
+for weight in model.parameters():
+    torch.nn.init.normal_(weight)
+backend = TorchBackend(model, max_seq_len=32, prefill_lens=(int(sys.argv[1]),))
+logits = backend.prefill(0, [1, 2, 3], 0).tolist()
+traced = counters["stats"]["unique_graphs"]
+print(json.dumps([backend.startup.cache_hit, traced, logits]))
+"""
+
+
 def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
-    code = (
-        "import json, torch; from llamac.model import *; torch.manual_seed(0)\n"
-        "config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,"
-        " num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)\n"
-        "model = Llama(config, num_positions=64).requires_grad_(False)\n"
-        "backend = TorchBackend(model, max_seq_len=32, prefill_lens=(8,))\n"
-        "print(json.dumps(backend.startup.cache_hit))\n"
-    )
-    hits = []
-    for _ in range(2):
+    def start(prefill_len: int = 8, threads: int = 1) -> tuple[bool, int, list[float]]:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", _START, str(prefill_len), str(threads)],
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
         )
-        hits.append(json.loads(done.stdout))
-    assert hits == [False, True]
-    assert (tmp_path / ".cache/llamac/inductor").stat().st_mode & 0o777 == 0o700
+        return json.loads(done.stdout)
+
+    hit, _, logits = start()
+    assert not hit
+    assert start() == [True, 0, logits]
+    steps = sorted((tmp_path / ".cache/llamac/inductor").glob("*.step"))
+    assert [step.name.split("-")[0] for step in steps] == ["decode", "prefill_8"]
+    assert steps[0].parent.stat().st_mode & 0o777 == 0o700
+    assert all(step.stat().st_mode & 0o077 == 0 for step in steps)
+
+    steps[1].write_bytes(steps[1].read_bytes()[:1000])
+    hit, _, again = start()  # compiles it again
+    assert (hit, again) == (False, logits)
+    assert start() == [True, 0, logits]
+    assert not start(prefill_len=4)[0]
+    assert not start(threads=2)[0]
 
 
 def test_without_a_compiler_one_line_names_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
