@@ -147,17 +147,16 @@ def test_rolled_compiled_equals_eager_for_three_windows(
 
 
 _START = """
-import json, sys, torch
+import json, torch
 from torch._dynamo.utils import counters
 from llamac.model import *
 torch.manual_seed(0)
-torch.set_num_threads(int(sys.argv[2]))
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 model = Llama(config, num_positions=64).requires_grad_(False)
 for weight in model.parameters():
     torch.nn.init.normal_(weight)
-backend = TorchBackend(model, max_seq_len=32, prefill_lens=(int(sys.argv[1]),))
+backend = TorchBackend(model, max_seq_len=32, prefill_lens=(8,))
 logits = backend.prefill(0, [1, 2, 3], 0).tolist()
 traced = counters["stats"]["unique_graphs"]
 print(json.dumps([backend.startup.cache_hit, traced, logits]))
@@ -165,9 +164,9 @@ print(json.dumps([backend.startup.cache_hit, traced, logits]))
 
 
 def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
-    def start(prefill_len: int = 8, threads: int = 1) -> tuple[bool, int, list[float]]:
+    def start() -> tuple[bool, int, list[float]]:
         done = subprocess.run(
-            [sys.executable, "-c", _START, str(prefill_len), str(threads)],
+            [sys.executable, "-c", _START],
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
             capture_output=True,
             text=True,
@@ -186,9 +185,30 @@ def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
     steps[1].write_bytes(steps[1].read_bytes()[:1000])
     hit, _, again = start()  # compiles it again
     assert (hit, again) == (False, logits)
-    assert start() == [True, 0, logits]
-    assert not start(prefill_len=4)[0]
-    assert not start(threads=2)[0]
+
+
+def test_a_saved_step_is_told_apart_by_what_its_code_depends_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    model = our_model("llama-2-gqa")
+
+    def paths(**options: object) -> list[Path]:
+        sizes = {"max_seq_len": 16, "prefill_lens": (4,)} | options
+        monkeypatch.setattr(TorchBackend, "_start", lambda *_: None)
+        backend = TorchBackend(model, **sizes)  # type: ignore[arg-type]
+        return [step._path() for step in (*backend._prefill.values(), backend._decode)]
+
+    base = paths()
+    assert base == paths()
+    for other in (
+        paths(max_seq_len=32),
+        paths(prefill_lens=(8,)),
+        paths(batch_size=2),
+        paths(all_logits=True),
+        paths(unroll_layers=True),
+    ):
+        assert not set(base) & set(other)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert not set(base) & set(paths())
 
 
 def test_without_a_compiler_one_line_names_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
