@@ -65,6 +65,9 @@ class Linear(nn.Module):
                 return self._add_bias(_written_out(self.weight, x))
             if not few_rows and x.dtype in STORAGE_DTYPES:
                 return self._add_bias(multiply_in_float32(x, self.weight))
+            if x.dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
+                # BLAS is faster with the weight's rows as the result's rows.
+                return self._add_bias(torch.mm(self.weight, x.t()).t())
         return F.linear(x, self.weight, self.bias)
 
     def _add_bias(self, out: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
         [M, N] in x's dtype.
     """
     num_rows, width = weight.shape
-    columns = x.float().t().contiguous()  # [K, M]
+    columns = x.float().t()  # [K, M]
     out = columns.new_empty(num_rows, x.shape[0])
     buffer = columns.new_empty(min(num_rows, max(1, _BLOCK_ELEMENTS // width)), width)
     for start in range(0, num_rows, len(buffer)):
