@@ -83,21 +83,21 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
         weight: [N, K] in x's dtype.
 
     Returns:
-        [M, N] in x's dtype.
+        [M, N] in x's dtype, a transposed view.
     """
     num_rows, width = weight.shape
     columns = x.float().t()  # [K, M]
     out = columns.new_empty(num_rows, x.shape[0])
-    buffer = columns.new_empty(min(num_rows, max(1, _BLOCK_ELEMENTS // width)), width)
-    for start in range(0, num_rows, len(buffer)):
-        part = weight[start : start + len(buffer)]
-        torch.mm(buffer[: len(part)].copy_(part), columns, out=out[start : start + len(part)])
-    return out.t().to(x.dtype, memory_format=torch.contiguous_format)
+    block_rows = min(num_rows, max(1, _BLOCK_ELEMENTS // width))
+    buffer = columns.new_empty(block_rows, width)
+    for part, rows in zip(weight.split(block_rows), out.split(block_rows), strict=True):
+        torch.mm(buffer[: len(part)].copy_(part), columns, out=rows)
+    return out.to(x.dtype).t()
 
 
 @multiply_in_float32.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(weight.shape[0], x.shape[0]).t()
 
 
 def _written_out(weight: Tensor, x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def attend_live(
     if num_tokens > 1:
         if q.dtype in STORAGE_DTYPES:
             q, k, v = q.float(), k.float(), v.float()
+        q = q.contiguous()  # as the fast kernel asks
         out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
     else:
         # The heads that share a key become its queries: each key is read once, not once a head.

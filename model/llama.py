@@ -95,9 +95,11 @@ class TorchAttention(nn.Module):
         mask, rows, positions = shared
         q = rotate(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
         k = rotate(k, cos, sin).transpose(1, 2)  # [B, K, T, D]
-        index = rows[:, None, :, None].expand_as(k)
-        k_cache.scatter_(2, index, k)
-        v_cache.scatter_(2, index, v.transpose(1, 2))
+        batch, heads = (torch.arange(n, device=q.device) for n in k.shape[:2])
+        index = (batch[:, None, None], heads[:, None], rows[:, None])
+        # Inductor writes index_put_ in place; scatter_ it would do on a copy of the whole cache.
+        k_cache.index_put_(index, k)
+        v_cache.index_put_(index, v.transpose(1, 2))
         if q.device.type == "cpu":
             return attend_live(q, k_cache, v_cache, positions, mask)
         if q.shape[2] == 1:

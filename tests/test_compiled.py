@@ -83,6 +83,20 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
     assert not counters["graph_break"]
 
 
+def test_no_step_copies_the_cache():
+    model = our_model("llama-2-gqa", num_positions=4096)
+    backend = TorchBackend(model, max_seq_len=4096, prefill_lens=(CHUNK,))
+    zero = np.array([0])
+    for step in (lambda: backend.prefill(0, [1, 2, 3], 0), lambda: backend.decode(zero, zero)):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            step()
+        assert profile.profiler is not None
+        assert profile.profiler.kineto_results is not None
+        events = profile.profiler.kineto_results.events()
+        allocated = [event.nbytes() for event in events if event.name() == "[memory]"]
+        assert 0 < max(allocated) < backend.cache.k[0].nbytes
+
+
 def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
     for sizes in (((1, 2), (1,), (1,), (1, 1)), ((1, 1), (1,), (1,), (1, 2))):
         inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
