@@ -83,7 +83,7 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
         weight: [N, K] in x's dtype.
 
     Returns:
-        [M, N] in x's dtype, a transposed view.
+        [M, N] in x's dtype.
     """
     num_rows, width = weight.shape
     columns = x.float().t()  # [K, M]
@@ -92,12 +92,12 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     buffer = columns.new_empty(block_rows, width)
     for part, rows in zip(weight.split(block_rows), out.split(block_rows), strict=True):
         torch.mm(buffer[: len(part)].copy_(part), columns, out=rows)
-    return out.to(x.dtype).t()
+    return out.t().to(x.dtype, memory_format=torch.contiguous_format)
 
 
 @multiply_in_float32.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(weight.shape[0], x.shape[0]).t()
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _written_out(weight: Tensor, x: Tensor) -> Tensor:
