@@ -288,7 +288,7 @@ def _cache_misses() -> int:
 
 @contextlib.contextmanager
 def _compiler(device: torch.device) -> Iterator[None]:
-    """Imports torch's compiler, and keeps its cache in the user's folder.
+    """Keeps the cache of torch's compiler in the user's folder.
 
     The cache is elsewhere if the environment names another folder.
     """
@@ -304,8 +304,6 @@ def _compiler(device: torch.device) -> Iterator[None]:
             from torch._inductor.cpu_vec_isa import pick_vec_isa
 
             threading.Thread(target=pick_vec_isa, daemon=True).start()
-        import torch._inductor.compile_fx  # noqa: F401
-
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,9 +36,18 @@ class SavedStep:
 
     def load(self) -> bool:
         """Makes the step ready if it was saved before; tells whether it was."""
-        # Whatever is wrong with a saved step, compiling it again mends it.
-        with contextlib.suppress(Exception), self._path().open("rb") as file:
-            self._step = torch.compiler.load_compiled_function(file)
+        from torch._inductor import codecache, utils
+
+        with contextlib.suppress(FileNotFoundError), self._path().open("rb") as file:
+            try:
+                # Kernels that lie on disk need no header, yet Inductor would preprocess torch's,
+                # or compile it if /tmp was emptied. A missing kernel's compilation fails at once.
+                no_header = mock.Mock(return_value="no.h")
+                with mock.patch.object(codecache, "_precompile_header", no_header):
+                    self._step = torch.compiler.load_compiled_function(file)
+            except Exception:
+                # Whatever is wrong with a saved step, compiling it again mends it.
+                utils.clear_caches()  # of failures, too
         return self._step is not None
 
     def __call__(self, *args: object) -> Any:

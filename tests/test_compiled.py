@@ -200,6 +200,12 @@ def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
     hit, _, again = start()  # compiles it again
     assert (hit, again) == (False, logits)
 
+    for kernel in steps[0].parent.glob("*/*.so"):
+        kernel.unlink()
+    hit, _, again = start()
+    assert (hit, again) == (False, logits)
+    assert start() == [True, 0, logits]
+
 
 def test_a_saved_step_is_told_apart_by_what_its_code_depends_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
