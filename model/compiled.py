@@ -9,6 +9,7 @@ import shutil
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.cache_folder import cache_folder
+from .bound_step import BoundStep
 from .cache import KVCache
 from .llama import Llama, TorchAttention, call_layer
 from .saved_step import SavedStep
@@ -41,7 +43,7 @@ class Startup:
 
     Attributes:
         compile_s: Loading the steps from the disk cache, or else their first calls.
-        warmup_s: Second calls, at full speed; a loaded step needs none.
+        warmup_s: Second calls, at full speed; a loaded step needs none. On CUDA the recording, too.
         cache_hit: Whether every step came from the disk cache; None when nothing is compiled.
     """
 
@@ -54,7 +56,8 @@ class TorchBackend:
     """A Llama in torch, eager or compiled, behind the Backend protocol.
 
     Compiled, every step is one graph without breaks; after warm-up a recompile or a moved cache
-    is a RuntimeError. On CUDA the decode step is replayed as one CUDA graph.
+    is a RuntimeError. On CUDA every step is replayed as one CUDA graph; each slot has a prefill of
+    its own.
 
     Args:
         model: The model, on its device, in its dtype; its RoPE tables fix num_positions.
@@ -104,10 +107,8 @@ class TorchBackend:
             dtype=model.lm_head.weight.dtype,
             device=self._device,
         )
-        self._slots = [self.cache.slot(index) for index in range(batch_size)]
         self._addresses = self._cache_addresses()
 
-        self._model, self._attention = model, TorchAttention()
         on_cpu = self._device.type == "cpu"
 
         def build(name: str) -> _Step:
@@ -119,7 +120,7 @@ class TorchBackend:
                 if not unroll_layers:
                     layer = torch.compiler.nested_compile_region(call_layer)
                 step = _step(name, layer)
-                options = {**_CPU_OPTIONS, "guard_filter_fn": _guards_inputs} if on_cpu else None
+                options = {**(_CPU_OPTIONS if on_cpu else {}), "guard_filter_fn": _guards_inputs}
                 return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
             if not on_cpu:
@@ -129,11 +130,24 @@ class TorchBackend:
 
         self._prefill = {length: build(f"prefill_{length}") for length in prefill_lens}
         self._decode = build("decode")
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._decode_inputs = [
-            torch.zeros(size, dtype=torch.int64, device=self._device)
-            for size in ((batch_size, 1), (batch_size,), (batch_size,), (batch_size, 1))
-        ]
+        attention = TorchAttention()
+
+        def bind(step: _Step, cache: KVCache, num_tokens: int, num_logits: int) -> BoundStep:
+            def run(*inputs: Tensor) -> Tensor:
+                ids, positions, rows, last = inputs
+                with torch.no_grad():
+                    return step(model, attention, ids, positions, rows, last, cache)
+
+            batch = cache.k[0].shape[0]
+            sizes = [(batch, num_tokens), (batch,), (batch,), (batch, num_logits)]
+            return BoundStep(run, sizes, self._device)
+
+        self._bound_prefill = {
+            (length, slot): bind(step, self.cache.slot(slot), length, length if all_logits else 1)
+            for length, step in self._prefill.items()
+            for slot in range(batch_size)
+        }
+        self._bound_decode = bind(self._decode, self.cache, 1, 1)
         self._warm = False
         self.startup = self._start(progress)
         self._warm = True
@@ -141,7 +155,7 @@ class TorchBackend:
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
         logits = self._run_prefill(slot, ids, start)
-        return logits[len(ids) - 1 if self._all_logits else 0].cpu().numpy()
+        return logits[len(ids) - 1 if self._all_logits else 0].copy()
 
     def score(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """Like prefill, with the logits of every id.
@@ -159,40 +173,27 @@ class TorchBackend:
         """
         if not self._all_logits:
             raise ValueError("score needs a TorchBackend built with all_logits=True")
-        return self._run_prefill(slot, ids, start)[: len(ids)].cpu().numpy()
+        return self._run_prefill(slot, ids, start)[: len(ids)].copy()
 
     def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of every slot; see Backend."""
-        token_ids, tokens, rows, _ = self._decode_inputs
-        token_ids[:, 0].copy_(torch.from_numpy(ids))
-        tokens.copy_(torch.from_numpy(positions))
-        torch.remainder(tokens, self.shape.max_seq_len, out=rows)
-        if self._graph is not None:
-            self._graph.replay()
-            return self._graph_logits[:, 0].cpu().numpy()
-        return self._call(self._decode, self._decode_inputs, self.cache)[:, 0].cpu().numpy()
+        self._check_addresses()
+        rows = positions % self.shape.max_seq_len
+        return self._bound_decode(ids[:, None], positions, rows, np.zeros_like(ids)[:, None])[:, 0]
 
-    def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> Tensor:
-        """[N, V] logits of one chunk."""
+    def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """[N, V] logits of one chunk, valid until the next."""
         length = self.shape.chunk_len(slot, len(ids), start)
-        padded = torch.zeros((1, length), dtype=torch.int64)
-        padded[0, : len(ids)] = torch.as_tensor(ids)
-        wanted = range(length) if self._all_logits else [len(ids) - 1]
-        position = torch.tensor([start])
-        inputs = [padded, position, position.clone(), torch.tensor([list(wanted)])]
-        step = self._prefill[length]
-        return self._call(step, [x.to(self._device) for x in inputs], self._slots[slot])[0]
+        self._check_addresses()
+        padded = np.zeros((1, length), dtype=np.int64)
+        padded[0, : len(ids)] = ids
+        position = np.array([start])
+        wanted = np.arange(length) if self._all_logits else np.array([len(ids) - 1])
+        return self._bound_prefill[length, slot](padded, position, position, wanted[None])[0]
 
-    def _call(self, step: _Step, inputs: Sequence[Tensor], cache: KVCache) -> Tensor:
-        ids, positions, rows, last = inputs
-        stance = contextlib.nullcontext()
-        if self._compiled and self._warm:
-            if self._cache_addresses() != self._addresses:
-                raise RuntimeError("the KV cache was reallocated after warm-up")
-            if self._device.type == "cuda":
-                stance = torch.compiler.set_stance("fail_on_recompile")
-        with torch.no_grad(), stance:
-            return step(self._model, self._attention, ids, positions, rows, last, cache)
+    def _check_addresses(self) -> None:
+        if self._compiled and self._warm and self._cache_addresses() != self._addresses:
+            raise RuntimeError("the KV cache was reallocated after warm-up")
 
     def _cache_addresses(self) -> list[int]:
         return [buffer.data_ptr() for buffer in (*self.cache.k, *self.cache.v)]
@@ -225,21 +226,15 @@ class TorchBackend:
                 warmup_s += time.perf_counter() - middle
         hit = None
         if self._compiled and self._device.type == "cuda":
-            self._capture()
             hit = _cache_misses() == misses
+            begin = time.perf_counter()
+            pool = torch.cuda.graph_pool_handle()
+            for bound in (*self._bound_prefill.values(), self._bound_decode):
+                bound.record(pool)
+            warmup_s += time.perf_counter() - begin
         elif self._compiled:
             hit = loaded == len(calls)
         return Startup(compile_s=compile_s, warmup_s=warmup_s, cache_hit=hit)
-
-    def _capture(self) -> None:
-        """Records the decode step; its inputs, cache and logits keep their addresses."""
-        graph = torch.cuda.CUDAGraph()
-        ids, positions, rows, last = self._decode_inputs
-        with torch.no_grad(), torch.cuda.graph(graph):
-            self._graph_logits = self._decode(
-                self._model, self._attention, ids, positions, rows, last, self.cache
-            )
-        self._graph = graph
 
 
 def _step(name: str, call_layer: Callable[..., Tensor]) -> _Step:
@@ -305,7 +300,10 @@ def _compiler(device: torch.device) -> Iterator[None]:
 
             threading.Thread(target=pick_vec_isa, daemon=True).start()
         try:
-            yield
+            with warnings.catch_warnings():
+                # float32 was asked for; that TF32 would be faster is no news.
+                warnings.filterwarnings("ignore", "TensorFloat32")
+                yield
         finally:
             os.environ[name] = before
 

@@ -48,9 +48,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
 
-        On a CPU a product with few rows is bound by reading the weight; the code Inductor
-        generates for the written-out sum reads it faster than the BLAS call does. Eager mode
-        would materialize the product, so it takes the BLAS call.
+        A product with few rows is bound by reading the weight, which BLAS does not do at full
+        speed. On a CPU the code Inductor generates for the written-out sum is faster; eager mode
+        would materialize the product, so it takes the BLAS call. A GPU has a kernel for one row.
 
         Args:
             x: [M, in_features].
@@ -58,6 +58,8 @@ class Linear(nn.Module):
         Returns:
             [M, out_features] in x's dtype.
         """
+        if x.device.type == "cuda" and x.shape[0] == 1:
+            return self._add_bias(multiply_one(x, self.weight))
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
             limit = _FEW_ROWS if x.dtype == torch.float32 else _FEW_ROWS_16_BIT
             few_rows = x.shape[0] <= limit
@@ -96,6 +98,27 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @multiply_in_float32.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("llamac::multiply_one", mutates_args=(), device_types="cuda")
+def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies as Linear does, one row, on a GPU.
+
+    Args:
+        x: [1, K].
+        weight: [N, K] in x's dtype.
+
+    Returns:
+        [1, N] in x's dtype.
+    """
+    from .gpu_kernels import multiply_one_on_gpu
+
+    return multiply_one_on_gpu(x, weight)
+
+
+@multiply_one.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU that reads the live rows of the cache instead of all of them."""
+"""Attention that reads the live rows of the cache instead of all of them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def attend_live(
         out = F.scaled_dot_product_attention(grouped, k, v, seen if q.shape[0] > 1 else None)
         out = out.reshape(q.shape)
     return out.transpose(1, 2).to(k_cache.dtype).contiguous()
+
+
+@attend_live.register_kernel("cuda")
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    from .gpu_kernels import attend_on_gpu
+
+    return attend_on_gpu(q, k_cache, v_cache, positions)
 
 
 @attend_live.register_fake

@@ -100,12 +100,7 @@ class TorchAttention(nn.Module):
         # Inductor writes index_put_ in place; scatter_ it would do on a copy of the whole cache.
         k_cache.index_put_(index, k)
         v_cache.index_put_(index, v.transpose(1, 2))
-        if q.device.type == "cpu":
-            return attend_live(q, k_cache, v_cache, positions, mask)
-        if q.shape[2] == 1:
-            return _attend_one(q, k_cache, v_cache, mask).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=True)
-        return out.transpose(1, 2)  # [B, T, H, D]
+        return attend_live(q, k_cache, v_cache, positions, mask)
 
 
 def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:
@@ -272,25 +267,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, :, None], sin[:, :, None]
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-def _attend_one(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token a row, heads grouped by the keys they share.
-
-    Fused attention kernels split work by query blocks; with one query a plain product and softmax
-    cost a fraction of them.
-
-    Args:
-        q: [B, H, 1, D].
-        k_cache: [B, K, S, D].
-        v_cache: [B, K, S, D].
-        mask: [B, 1, 1, S] bool.
-
-    Returns:
-        [B, H, 1, D].
-    """
-    batch_size, num_heads, _, head_dim = q.shape
-    q = q.view(batch_size, k_cache.shape[1], -1, head_dim)  # [B, K, H/K, D]
-    scores = (q @ k_cache.transpose(2, 3)).float() * head_dim**-0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(q.dtype)
-    return (weights @ v_cache).view(batch_size, num_heads, 1, head_dim)

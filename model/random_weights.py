@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def write_random_checkpoint(
     """Writes a folder that save_pretrained could have written, without a tokenizer.
 
     Weights are normal with std 0.02, norms one. Each tensor's values depend on the seed, its name,
-    shape and dtype alone, so not on the shards. Never more than one chunk of a tensor is in memory,
-    and the folder appears whole or not at all.
+    shape and dtype alone, so not on the shards. Each core draws one tensor at a time, of which one
+    chunk is in memory, and the folder appears whole or not at all.
 
     Args:
         preset: A name of presets.preset_names(); ignored where config is given.
@@ -100,19 +101,35 @@ def _write(
     _write_json(folder / "config.json", config.to_dict())
     dtype = _torch_dtype(config.dtype)
     total_bytes = sum(map(math.prod, shapes.values())) * dtype.itemsize
-    done_bytes = 0
     weight_map: dict[str, str] = {}
+    todo: list[tuple[Path, int, str]] = []
     for i, names in enumerate(_split(shapes, shards)):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(names, name)
-        with (folder / name).open("wb") as stream:
-            stream.write(_header({key: shapes[key] for key in names}, config.dtype))
-            for key in names:
-                for chunk in _values(key, shapes[key], dtype, seed):
-                    stream.write(chunk.view(torch.uint8).numpy().data)
-                    done_bytes += chunk.nbytes
-                    if progress is not None:
-                        progress(done_bytes, total_bytes)
+        header = _header({key: shapes[key] for key in names}, config.dtype)
+        (folder / name).write_bytes(header)
+        offset = len(header)
+        for key in names:
+            todo.append((folder / name, offset, key))
+            offset += math.prod(shapes[key]) * dtype.itemsize
+
+    def write(path: Path, offset: int, key: str) -> int:
+        with path.open("r+b") as stream:
+            stream.seek(offset)
+            for chunk in _values(key, shapes[key], dtype, seed):
+                stream.write(chunk.view(torch.uint8).numpy().data)
+        return math.prod(shapes[key]) * dtype.itemsize
+
+    done_bytes = 0
+    # Drawing is what takes long, in one thread a tensor.
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for written in as_completed([pool.submit(write, *task) for task in todo]):
+            done_bytes += written.result()
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if shards > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)

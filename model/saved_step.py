@@ -64,9 +64,12 @@ class SavedStep:
         """
         step = self._step
         if step is None:
-            compiled: Any = self._compiled()
-            step = self._step = compiled.aot_compile((args, {}))
+            # Off by default up to torch 2.11.
+            with torch._dynamo.config.patch(enable_aot_compile=True):
+                compiled: Any = self._compiled()
+                step = self._step = compiled.aot_compile((args, {}))
             step.save_compiled_function(str(self._path()))
+            self._path().chmod(0o600)  # torch 2.11 leaves that to the umask
         return step(*args)
 
     def _path(self) -> Path:

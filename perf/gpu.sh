@@ -23,12 +23,17 @@ echo "$gpus"
 
 failed=0
 "$python" -m pytest -m gpu tests || failed=1
+bench() {
+    "$python" -m llamac.perf.bench --device cuda --dtype bfloat16 --json perf/results "$@" || failed=1
+}
 (($#)) || set -- tinyllama-1.1b llama-3-8b
 for model; do
+    # Not all at once: at 8B that takes more than 80 GB.
+    bench --model "$model" --backend eager --backend compile --backend transformers \
+        --prompt-len 128 1024 --new-tokens 128
     # ONNX Runtime's CUDA provider is skipped by itself where it isn't installed.
-    "$python" -m llamac.perf.bench --model "$model" --device cuda --dtype bfloat16 \
-        --backend eager --backend compile --backend ort-cuda --backend transformers \
-        --prompt-len 128 1024 --new-tokens 128 --sweep 512 8192 --cold-start \
-        --json perf/results || failed=1
+    bench --model "$model" --backend compile --backend ort-cuda \
+        --prompt-len 128 1024 --new-tokens 128 --sweep 512 8192
 done
+bench --model "$1" --backend compile --backend ort-cuda --backend transformers --cold-start
 exit "$failed"

@@ -88,7 +88,7 @@ def test_no_step_copies_the_cache():
     backend = TorchBackend(model, max_seq_len=4096, prefill_lens=(CHUNK,))
     zero = np.array([0])
     for step in (lambda: backend.prefill(0, [1, 2, 3], 0), lambda: backend.decode(zero, zero)):
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             step()
         assert profile.profiler is not None
         assert profile.profiler.kineto_results is not None
@@ -101,7 +101,7 @@ def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
     for sizes in (((1, 2), (1,), (1,), (1, 1)), ((1, 1), (1,), (1,), (1, 2))):
         inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
         with pytest.raises(RuntimeError, match="GuardManager check failed"):
-            single._call(single._decode, inputs, single.cache)
+            single._bound_decode._run(*inputs)
 
 
 def test_a_reallocated_cache_is_an_error():
@@ -262,6 +262,7 @@ def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
         backend = TorchBackend(
             model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=device == "cuda"
         )
-        assert (backend._graph is not None) == (device == "cuda")
+        bound = [backend._bound_decode, *backend._bound_prefill.values()]
+        assert all((step._graph is not None) == (device == "cuda") for step in bound)
         results.append(generate(backend, None, [request], limit_policy="roll")[0].ids)
     assert results[0] == results[1]

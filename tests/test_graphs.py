@@ -275,6 +275,17 @@ def test_operators_are_these_and_no_others(all_targets: Manifest):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "operator"),
+    [("float32", "TensorScatter"), ("float16", "GroupQueryAttention")],
+)
+def test_cuda_graphs_have_operators_with_cuda_kernels(dtype: str, operator: str):
+    config = replace(LlamaConfig.from_dict(VARIANTS["llama-3.1"]), num_hidden_layers=1)
+    spec = GraphSpec(target="cuda", dtype=dtype, batch=2, tokens=1, rows=S, num_positions=S)
+    ops = {node.op_type for node in trace_graph(config, spec).graph}
+    assert ops & {"TensorScatter", "GroupQueryAttention"} == {operator}
+
+
+@pytest.mark.parametrize(
     ("dtype", "head_dim", "has_kernel"),
     [
         ("bfloat16", 16, True),

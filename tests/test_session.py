@@ -580,13 +580,12 @@ def test_what_is_told_and_kept(bundle: Manifest):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("provider", [
-    "cuda",
-    pytest.param("tensorrt", marks=pytest.mark.tensorrt),
+@pytest.mark.parametrize(("provider", "dtype"), [
+    ("cuda", "float32"),
+    ("cuda", "bfloat16"),
+    pytest.param("tensorrt", "float32", marks=pytest.mark.tensorrt),
 ])  # fmt: skip
-def test_gpu_providers_equal_one_forward_and_roll(
-    bundles: Callable[[str], Manifest], tmp_path: Path, provider: str
-):
+def test_gpu_providers_equal_one_forward_and_roll(tmp_path: Path, provider: str, dtype: str):
     if problem := provider_problem(provider):
         pytest.skip(problem)
     folder = tmp_path / "checkpoint"
@@ -598,10 +597,11 @@ def test_gpu_providers_equal_one_forward_and_roll(
         batch_size=B,
         prefill_len=P,
         max_seq_len=S,
+        dtype=dtype,
     )
     backend = OrtBackend(bundle, provider=provider, engine_cache=tmp_path / "engines")
     # TensorRT's float32 products are TF32, whose mantissa is float16's.
-    rtol, atol = TOLERANCE["float32" if provider == "cuda" else "float16"]
+    rtol, atol = TOLERANCE[dtype if provider == "cuda" else "float16"]
     ids = random_ids(NUM_POSITIONS, seed=2)
     model: Llama = our_model("llama-3.1", num_positions=NUM_POSITIONS)
     expected = banded_forward(model, ids, S).numpy()
