@@ -31,7 +31,7 @@ def run_cold_start(plan: Plan, *, prompt_len: int) -> list[dict[str, Any]]:
     entries = [Entry.of(plan, name, batch_size=1) for name in plan.systems]
     prompt = random_prompt(plan, 1, prompt_len, seed=0)
     with TemporaryDirectory(prefix="llamac-bench-") as work:
-        reference = Reference.compute(plan, Path(work), batch_size=1)
+        reference = Reference(plan, Path(work), batch_size=1)
         for entry in entries:
             plan.say(f"first start of {entry.setup.system}")
             with entry.guarded(plan):

@@ -38,7 +38,7 @@ def measure_cases(
     """
     entries = [Entry.of(plan, name, batch_size=batch_size) for name in plan.systems]
     with TemporaryDirectory(prefix="llamac-bench-") as work:
-        reference = Reference.compute(plan, Path(work), batch_size=batch_size)
+        reference = Reference(plan, Path(work), batch_size=batch_size)
         with _open_group(plan, entries, [reference] * len(entries), Path(work)):
             for prompt_len, num_new in cases:
                 _run_case(plan, entries, prompt_len, num_new, probe)
@@ -68,7 +68,7 @@ def measure_sweeps(
             Path(stack.enter_context(TemporaryDirectory(prefix="llamac-bench-"))) for _ in lengths
         ]
         references = [
-            Reference.compute(plan, folder, batch_size=1, max_seq_len=length)
+            Reference(plan, folder, batch_size=1, max_seq_len=length)
             for folder, length in zip(folders, lengths, strict=True)
         ]
         for name in plan.systems:

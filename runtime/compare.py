@@ -53,7 +53,11 @@ class Comparison:
 
 
 def compare_logits(
-    reference: NDArray[np.float32], logits: NDArray[np.float32], precision: str
+    reference: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    precision: str,
+    *,
+    tolerance: float | None = None,
 ) -> Comparison:
     """Compares the logits that two systems computed for the same ids.
 
@@ -64,6 +68,7 @@ def compare_logits(
         reference: [..., V] of the float32 reference.
         logits: [..., V] of the system.
         precision: Of the system, a key of TOLERANCE.
+        tolerance: Of the largest error as a share of the largest logit; None is the precision's.
 
     Returns:
         The comparison. A NaN agrees with nothing, nor does an array of another shape.
@@ -72,7 +77,7 @@ def compare_logits(
         return _no_comparison(reference.shape, logits.shape)
     expected = reference.reshape(-1, reference.shape[-1])
     found = logits.reshape(expected.shape)
-    tolerance = TOLERANCE[precision]
+    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     with np.errstate(invalid="ignore"):  # what isn't finite fails below
         rows = [_compare_row(*pair) for pair in zip(expected, found, strict=True)]
