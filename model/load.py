@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -108,6 +109,11 @@ def load_backend(
         raise BackendUnavailableError(
             f"no CUDA device found by torch {torch.__version__}; use --device cpu, or install a "
             "CUDA build of torch and a driver"
+        )
+    if device == "cuda" and find_spec("triton") is None:
+        raise BackendUnavailableError(
+            "triton is not installed, which --device cuda needs; pip install triton, or install a "
+            "CUDA build of torch for Linux, which brings it"
         )
     needed = {
         "weights": weight_bytes(checkpoint, torch_dtype),

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from .systems import PEERS  # noqa: E402
-from .tables import PHASES, count_of  # noqa: E402
+from .tables import PHASES, count_of, format_rate  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,13 @@ def _draw_speed(
         for row, (speed, ceiling) in enumerate(zip(speeds, ceilings, strict=True)):
             label = "limit measured on this machine" if row == 0 else None
             axes.plot([ceiling, ceiling], [row - 0.4, row + 0.4], color=_LIMIT, lw=2, label=label)
-            axes.text(speed, row, f" {speed:.3g}  ({speed / ceiling:.0%})", va="center", fontsize=9)
+            axes.text(
+                speed,
+                row,
+                f" {format_rate(speed)}  ({speed / ceiling:.0%})",
+                va="center",
+                fontsize=9,
+            )
         axes.set_xlim(0, 1.25 * max(*speeds, *ceilings))
         axes.set_xlabel(f"{kind}, tokens per second (share of the limit)")
     _name_rows(panels[0], [f"{result['name']}\n{result['precision']}" for result, _ in chosen])

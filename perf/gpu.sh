@@ -28,6 +28,8 @@ bench() {
 }
 (($#)) || set -- tinyllama-1.1b llama-3-8b
 for model; do
+    "$python" -m llamac.perf.gpu_steps "$model" \
+        >"perf/results/$(basename "$model")-cuda-bfloat16-$(date +%F)-steps.json" || failed=1
     # Not all at once: at 8B that takes more than 80 GB.
     bench --model "$model" --backend eager --backend compile --backend transformers \
         --prompt-len 128 1024 --new-tokens 128

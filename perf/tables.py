@@ -8,7 +8,7 @@ from typing import Any
 from ..runtime.memory import format_bytes
 from .systems import PEERS
 
-__all__ = ["PHASES", "count_of", "to_markdown"]
+__all__ = ["PHASES", "count_of", "format_rate", "to_markdown"]
 
 # What a start costs, in the order it happens.
 PHASES = {
@@ -60,6 +60,18 @@ def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count != 1 else "")
 
 
+def format_rate(value: float) -> str:
+    """Writes tokens per second without an exponent.
+
+    Args:
+        value: Tokens per second.
+
+    Returns:
+        Four digits, or all that lie before the point.
+    """
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _machine(run: dict[str, Any]) -> str:
     machine = run["machine"]
     gpu = f", {machine['gpu']}" if run["options"]["device"] == "cuda" else ""
@@ -104,7 +116,7 @@ def _speed_table(results: list[dict[str, Any]]) -> list[str]:
                     str(result["batch_size"]),
                     f"{case['prompt_len']} + {case['num_new']}",
                     f"{case['ttft_s']:.3g}",
-                    f"{case['prefill_tokens_per_s']:.4g}",
+                    format_rate(case["prefill_tokens_per_s"]),
                     f"{case['prefill_share']:.0%}",
                     *_decode_cells(case),
                     format_bytes(memory.get("device_bytes") or memory["peak_rss_bytes"]),
@@ -119,7 +131,7 @@ def _decode_cells(case: dict[str, Any]) -> tuple[str, str, str]:
     tpot = {name: 1e3 * value for name, value in case["tpot_s"].items()}
     return (
         f"{tpot['median']:.4g} ({tpot['p10']:.4g} - {tpot['p90']:.4g})",
-        f"{case['decode_tokens_per_s']:.4g}",
+        format_rate(case["decode_tokens_per_s"]),
         f"{case['decode_share']:.0%}",
     )
 
