@@ -24,7 +24,7 @@ import onnx
 from ..model.checkpoint import Checkpoint
 from ..model.config import DTYPES, LlamaConfig
 from ..runtime.backend import StaticShape
-from ..runtime.manifest import (
+from ..runtime.bundle.manifest import (
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
     GraphFile,

@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from ..runtime.backend import BackendUnavailableError
-from ..runtime.inspect_bundle import describe_bundle
-from ..runtime.manifest import Manifest
+from ..runtime.bundle.inspect import describe_bundle
+from ..runtime.bundle.manifest import Manifest
 from ..runtime.memory import available_bytes, format_bytes
 
 __all__ = ["EngineBuild", "build_engine", "build_engines", "load_tensorrt"]

@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..model.cache import KVCache
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
-from ..runtime.manifest import WeightFile
+from ..runtime.bundle.manifest import WeightFile
 from .operators import ExportAttention, GroupQueryAttention, StandardAttention
 
 __all__ = [

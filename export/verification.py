@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..runtime.bundle.manifest import REPORTS_NAME
+from ..runtime.cli.text_table import format_table
 from ..runtime.compare import Comparison
-from ..runtime.manifest import REPORTS_NAME
 from ..runtime.memory import format_bytes
-from ..runtime.text_table import format_table
 from .engine_build import EngineBuild
 
 __all__ = [

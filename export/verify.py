@@ -12,17 +12,17 @@ import numpy as np
 import onnxruntime
 
 from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.checkpoint.stored import Piece, build_checkpoint
+from ..model.checkpoint.tensor_files import open_safetensors
 from ..model.config import LlamaConfig
 from ..model.load import load_backend
-from ..model.stored import Piece, build_checkpoint
-from ..model.tensor_files import open_safetensors
 from ..runtime.backend import BackendUnavailableError
+from ..runtime.bundle.manifest import Manifest, ModelSizes
 from ..runtime.compare import TOLERANCE, compare_logits, perplexity
-from ..runtime.generate import check_prompt
-from ..runtime.manifest import Manifest, ModelSizes
-from ..runtime.providers import PROVIDERS, provider_problem
-from ..runtime.session import OrtBackend, check_choice
-from ..runtime.tokenizer_files import load_tokenizer
+from ..runtime.ort.ort_backend import OrtBackend, check_choice
+from ..runtime.ort.providers import PROVIDERS, provider_problem
+from ..runtime.scheduler import check_prompt
+from ..runtime.text.tokenizer_files import load_tokenizer
 from .engine_build import build_engines
 from .forced_steps import Group, record_groups, replay
 from .verification import GroupResult, LeftOut, RunResult, Verification

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..model.checkpoint import Checkpoint
 from ..model.config import LlamaConfig
 from ..model.tables import rope_tables
-from ..runtime.manifest import StoredWeight, WeightFile
+from ..runtime.bundle.manifest import StoredWeight, WeightFile
 
 __all__ = ["WeightPlan", "plan_weights", "write_rope_tables", "write_weights"]
 

@@ -1,7 +1,7 @@
 """The static-shape LLaMA in torch: config, checkpoints, model, compiled backend."""
 
 from .cache import KVCache
-from .compiled import TorchBackend
+from .compiled.torch_backend import TorchBackend
 from .config import LlamaConfig
 from .llama import Llama
 

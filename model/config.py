@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..runtime.json_file import read_json
+from ..runtime.typed_json import read_json
 
 __all__ = ["DTYPES", "LlamaConfig", "RopeScaling"]
 

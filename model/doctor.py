@@ -8,8 +8,8 @@ import subprocess
 
 import torch
 
-from ..runtime.doctor import Finding, torch_finding
-from .compiled import compiler_problem
+from ..runtime.cli.doctor import Finding, torch_finding
+from .compiled.torch_backend import compiler_problem
 
 __all__ = ["torch_findings"]
 

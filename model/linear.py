@@ -113,7 +113,7 @@ def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [1, N] in x's dtype.
     """
-    from .gpu_kernels import multiply_one_on_gpu
+    from .kernels.gpu import multiply_one_on_gpu
 
     return multiply_one_on_gpu(x, weight)
 

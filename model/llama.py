@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .config import LlamaConfig
+from .kernels.live_attention import attend_live
 from .linear import Linear
-from .live_attention import attend_live
 from .tables import causal_mask, rope_tables
 
 __all__ = ["Attention", "Llama", "TorchAttention"]

@@ -14,10 +14,10 @@ import torch
 from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.language_model import LanguageModel
 from ..runtime.memory import available_bytes, format_bytes
-from ..runtime.tokenizer_files import load_tokenizer
+from ..runtime.text.tokenizer_files import load_tokenizer
 from .cache import cache_bytes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
-from .compiled import TorchBackend
+from .compiled.torch_backend import TorchBackend
 from .config import LlamaConfig
 
 __all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend", "static_shape"]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..model.checkpoint import open_checkpoint
+from ..model.checkpoint.presets import preset_config, preset_names
+from ..model.checkpoint.random_weights import write_random_checkpoint
 from ..model.config import LlamaConfig
 from ..model.load import DEMO_FOLDER
-from ..model.presets import preset_config, preset_names
-from ..model.random_weights import write_random_checkpoint
-from ..runtime.manifest import MANIFEST_NAME
+from ..runtime.bundle.manifest import MANIFEST_NAME
 from .process import Worker
 from .setup import Setup
 from .systems import SYSTEMS

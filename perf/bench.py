@@ -14,9 +14,9 @@ from typing import Any
 
 from ..model.config import DTYPES
 from ..model.load import static_shape
+from ..runtime.bundle.manifest import open_bundle
 from ..runtime.cache_folder import cache_folder
-from ..runtime.manifest import open_bundle
-from ..runtime.options import OneLineParser
+from ..runtime.cli.options import OneLineParser
 from .artifacts import find_model
 from .cold_start import run_cold_start
 from .machine import describe_machine, find_commit, package_versions
@@ -273,6 +273,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    from ..runtime.cli import main as run_command
+    from ..runtime.cli.main import main as run_command
 
     sys.exit(run_command(["bench", *sys.argv[1:]]))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.checkpoint.stored import weight_shapes
 from ..model.config import LlamaConfig
-from ..model.stored import weight_shapes
 from .setup import ITEM_BYTES
 
 if TYPE_CHECKING:

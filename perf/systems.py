@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
-from ..runtime.generate import next_chunk
+from ..runtime.scheduler import next_chunk
 from .llama_cpp_peer import LLAMA_CPP
 from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC
 from .setup import Runner, Setup, System
@@ -115,8 +115,8 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
         raise BackendUnavailableError(
             f"onnxruntime is not installed; pip install 'llamac[{extra}]'"
         ) from None
-    from ..runtime.manifest import open_bundle
-    from ..runtime.session import OrtBackend, check_choice
+    from ..runtime.bundle.manifest import open_bundle
+    from ..runtime.ort.ort_backend import OrtBackend, check_choice
 
     import_s = time.perf_counter() - begin
     assert setup.artifact is not None

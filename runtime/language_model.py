@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .backend import Backend
-from .generate import Completion, LimitPolicy, Request, Scheduler, generate, stream
 from .sampling import SamplingParams
-from .tokenizer import Tokenizer
+from .scheduler import Completion, LimitPolicy, Request, Scheduler, generate, stream
+from .text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel"]
 

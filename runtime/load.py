@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .bundle.manifest import Manifest, open_bundle
 from .language_model import LanguageModel
-from .manifest import Manifest, open_bundle
-from .session import OrtBackend
-from .tokenizer_files import load_tokenizer
+from .ort.ort_backend import OrtBackend
+from .text.tokenizer_files import load_tokenizer
 
 __all__ = ["load"]
 

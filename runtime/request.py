@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .sampling import Sampler, SamplingParams, log_softmax, top_logprobs
-from .tokenizer import StreamDecoder
+from .text.tokenizer import StreamDecoder
 
 __all__ = ["Completion", "Event", "LiveRequest", "Request"]
 

@@ -1,15 +1,43 @@
-"""JSON values to frozen dataclasses, every type checked."""
+"""JSON files, named in what goes wrong, and their values as frozen dataclasses."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-__all__ = ["to_dataclass"]
+__all__ = ["read_json", "to_dataclass"]
 
 _T = TypeVar("_T")
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+        optional: Whether a missing file is an empty object.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: There is no such file, and it is not optional.
+        ValueError: The file does not hold one JSON object.
+    """
+    if not path.is_file():
+        if optional:
+            return {}
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}; it must be a JSON object")
+    return value
 
 
 def to_dataclass(kind: type[_T], value: Any, where: str) -> _T:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.random_weights import write_random_checkpoint
 
 CONFIG = LlamaConfig(
     vocab_size=32,

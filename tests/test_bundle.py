@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.random_weights import write_random_checkpoint
-from llamac.runtime.manifest import (
+from llamac.runtime.bundle.manifest import (
     FileRecord,
     GraphFile,
     Manifest,
@@ -348,7 +348,7 @@ def test_a_forged_manifest_is_refused(bundle: Path, name: str):
 def test_a_forged_manifest_of_other_types_is_refused(
     bundle: Path, keys: tuple[str, ...], value: object, message: str
 ):
-    from llamac.runtime.manifest import _digest
+    from llamac.runtime.bundle.manifest import _digest
 
     data = json.loads((bundle / "bundle.json").read_text())
     del data["digest"]
@@ -479,7 +479,7 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
-from llamac.runtime.manifest import open_bundle
+from llamac.runtime.bundle.manifest import open_bundle
 
 folder, moments = Path(sys.argv[1]), int(sys.argv[2])
 

@@ -10,11 +10,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamac.model.checkpoint import load_model, load_weights, open_checkpoint, weight_bytes
+from llamac.model.checkpoint import (
+    load_model,
+    load_weights,
+    open_checkpoint,
+    weight_bytes,
+)
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.checkpoint.stored import Checkpoint, weight_shapes
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import Llama
-from llamac.model.random_weights import write_random_checkpoint
-from llamac.model.stored import Checkpoint, weight_shapes
 
 TINY = {
     "vocab_size": 96,
@@ -137,7 +142,7 @@ def test_read_takes_names_and_refuses_unknown_ones(folder: Path):
 
 
 def test_large_tensors_come_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.stored._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("llamac.model.checkpoint.stored._BLOCK_BYTES", 1000)
     checkpoint = open_checkpoint(folder)
     rows = [place[0] for name, place, _ in checkpoint.read(["lm_head.weight"])]
     assert rows[:2] == [slice(0, 3), slice(3, 6)]  # 256 bytes a row

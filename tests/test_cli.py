@@ -19,12 +19,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import load_backend
-from llamac.model.random_weights import write_random_checkpoint
-from llamac.runtime.commands import Session, generate_texts, sampling_request
+from llamac.runtime.cli.commands import Session, generate_texts, sampling_request
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.tokenizer_files import load_tokenizer
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=258,
@@ -263,7 +263,7 @@ def test_chat_answers_every_line(run, tiny: Path, tmp_path: Path, monkeypatch):
 
 
 def test_init_writes_what_was_asked(run, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("llamac.model.random_weights.preset_config", lambda name: CONFIG)
+    monkeypatch.setattr("llamac.model.checkpoint.random_weights.preset_config", lambda name: CONFIG)
     words = ("init", "--preset", "tinyllama-1.1b", "--dtype", "float16", "--shards", "3")
     assert run(*words, "--seed", "5", tmp_path / "new" / "a") == (0, "", "")
     checkpoint = open_checkpoint(tmp_path / "new" / "a")

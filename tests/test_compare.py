@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamac.runtime.cli.text_table import format_table
 from llamac.runtime.compare import TOLERANCE, compare_logits, perplexity
-from llamac.runtime.text_table import format_table
 
 
 def rows(*values: list[float]) -> NDArray[np.float32]:

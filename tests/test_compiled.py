@@ -13,10 +13,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from llamac.model import TorchBackend
-from llamac.model.compiled import compiler_problem
+from llamac.model.compiled.torch_backend import compiler_problem
 from llamac.runtime.backend import BackendUnavailableError
-from llamac.runtime.generate import Request, Scheduler, generate
 from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import Request, Scheduler, generate
 from variants import our_model
 
 ROWS, CHUNK = 30, 8  # S is no multiple of P

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from llamac.model.checkpoint.presets import num_parameters, preset_config, preset_names
 from llamac.model.config import LlamaConfig, RopeScaling
-from llamac.model.presets import num_parameters, preset_config, preset_names
 
 SIZES = {
     "model_type": "llama",

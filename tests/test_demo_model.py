@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
 from llamac.model.config import LlamaConfig
+from llamac.model.demo.measure import BOS_ID, EOS_ID, encode, first_sentence, perplexity, tell
+from llamac.model.demo.stories import accepts, explain, make_story, stories
+from llamac.model.demo.train import train, train_tokenizer
 from llamac.model.llama import Llama
 from llamac.model.load import DEMO_FOLDER as DEMO
 from llamac.model.load import load
-from llamac.model.measure_demo import BOS_ID, EOS_ID, encode, first_sentence, perplexity, tell
-from llamac.model.stories import accepts, explain, make_story, stories
-from llamac.model.train_demo import train, train_tokenizer
 from llamac.runtime.language_model import LanguageModel
 
 # The test scores 100 of the card's 500 held-out stories.

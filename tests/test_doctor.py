@@ -15,7 +15,7 @@ import torch
 
 from llamac.runtime.cache_folder import cache_folder, cache_root
 from llamac.runtime.cli import main
-from llamac.runtime.providers import PROVIDERS, provider_problem
+from llamac.runtime.ort.providers import PROVIDERS, provider_problem
 
 BACKENDS = [
     *("torch-eager", "torch-compile", "torch-cuda", "export"),

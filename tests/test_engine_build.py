@@ -15,12 +15,12 @@ from onnx import helper
 from llamac.export import export_bundle
 from llamac.export.engine_build import EngineBuild, build_engine, build_engines, load_tensorrt
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import DEMO_FOLDER
-from llamac.model.random_weights import write_random_checkpoint
 from llamac.runtime.backend import BackendUnavailableError
+from llamac.runtime.bundle.manifest import Manifest, open_bundle
 from llamac.runtime.cli import main
-from llamac.runtime.manifest import Manifest, open_bundle
 from variants import VARIANTS
 
 _PACKAGES = ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")

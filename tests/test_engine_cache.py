@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llamac.runtime.backend import StaticShape
-from llamac.runtime.engine_cache import has_engine, tensorrt_options
-from llamac.runtime.manifest import GraphFile, Manifest, ModelSizes
+from llamac.runtime.bundle.manifest import GraphFile, Manifest, ModelSizes
+from llamac.runtime.ort.engine_cache import has_engine, tensorrt_options
 
 SIZES = dict.fromkeys(ModelSizes.__dataclass_fields__, 1)
 DECODE = GraphFile(
@@ -79,8 +79,8 @@ def engine_folder(library: Path, base: Path, digest: str) -> Path:
     code = (
         "import ctypes, sys; from pathlib import Path\n"
         "from llamac.runtime.backend import StaticShape\n"
-        "from llamac.runtime.engine_cache import engine_folder\n"
-        "from llamac.runtime.manifest import Manifest, ModelSizes\n"
+        "from llamac.runtime.ort.engine_cache import engine_folder\n"
+        "from llamac.runtime.bundle.manifest import Manifest, ModelSizes\n"
         "ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
         f"print(engine_folder({manifest(digest)}, Path(sys.argv[2])))\n"
     )

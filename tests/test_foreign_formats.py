@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from llamac.model.checkpoint import load_model, open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.checkpoint.stored import Checkpoint, _uninterleave
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import rotate
-from llamac.model.random_weights import write_random_checkpoint
-from llamac.model.stored import Checkpoint, _uninterleave
 from llamac.model.tables import rope_tables
 
 # The MLP's width is Meta's formula: 2/3 of 4 * 64, up to a multiple of 32.
@@ -176,7 +176,7 @@ def test_meta_shards_are_merged(tmp_path: Path, num_shards: int, embedding_dim: 
 
 
 def test_meta_in_blocks_and_into_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.stored._BLOCK_BYTES", 5000)
+    monkeypatch.setattr("llamac.model.checkpoint.stored._BLOCK_BYTES", 5000)
     weights = random_weights(tmp_path / "hf", CONFIG)
     checkpoint = open_checkpoint(write_meta(tmp_path / "meta", weights, 2))
     model = load_model(checkpoint, num_positions=4)

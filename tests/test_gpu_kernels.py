@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamac.model.kernels.live_attention import attend_live
 from llamac.model.linear import multiply_one
-from llamac.model.live_attention import attend_live
 from llamac.model.tables import causal_mask
 
 pytestmark = [

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from llamac.export import TARGETS, export_bundle
 from llamac.export.graphs import GraphSpec, input_names, output_names, save_graph, trace_graph
 from llamac.model.checkpoint import load_model, open_checkpoint
-from llamac.model.compiled import TorchBackend
+from llamac.model.checkpoint.stored import weight_shapes
+from llamac.model.compiled.torch_backend import TorchBackend
 from llamac.model.config import LlamaConfig
-from llamac.model.stored import weight_shapes
-from llamac.runtime.manifest import Manifest, StoredWeight, WeightFile
+from llamac.runtime.bundle.manifest import Manifest, StoredWeight, WeightFile
 from variants import VARIANTS, reference_model
 
 B, P, S = 3, 8, 32

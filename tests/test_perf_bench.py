@@ -14,8 +14,8 @@ import pytest
 
 from llamac.export.bundle import export_bundle
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig, RopeScaling
-from llamac.model.random_weights import write_random_checkpoint
 from llamac.perf import bench
 from llamac.perf.artifacts import build_artifact, find_model
 from llamac.perf.setup import Setup

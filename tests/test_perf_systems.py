@@ -13,10 +13,10 @@ import torch
 from conftest import TOLERANCE
 from numpy.typing import NDArray
 
-from llamac.model.compiled import TorchBackend
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.compiled.torch_backend import TorchBackend
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import rotate
-from llamac.model.random_weights import write_random_checkpoint
 from llamac.model.tables import rope_tables
 from llamac.perf.llama_cpp_peer import permute_rope
 from llamac.perf.setup import Runner, Setup

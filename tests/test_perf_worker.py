@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.random_weights import write_random_checkpoint
 from llamac.perf.measure import sweep_contexts
 from llamac.perf.plan import Entry, in_turn
 from llamac.perf.process import Worker, WorkerError

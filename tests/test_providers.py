@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from llamac.runtime.backend import BackendUnavailableError
-from llamac.runtime.providers import (
+from llamac.runtime.ort.providers import (
     PROVIDERS,
     SessionOptions,
     _check_assignment,

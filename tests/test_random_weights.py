@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.presets import preset_config
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.presets import preset_config
-from llamac.model.random_weights import write_random_checkpoint
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -63,7 +63,7 @@ def test_values_depend_on_seed_and_name_but_not_on_shards(tmp_path: Path):
 
 
 def test_chunks_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.random_weights._CHUNK", 100)
+    monkeypatch.setattr("llamac.model.checkpoint.random_weights._CHUNK", 100)
     seen: list[tuple[int, int]] = []
     write_random_checkpoint(
         None, tmp_path / "a", config=CONFIG, progress=lambda *now: seen.append(now)
@@ -76,7 +76,7 @@ def test_chunks_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_depth_overrides_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = replace(preset_config("llama-3.2-1b"), vocab_size=64, hidden_size=64)
-    monkeypatch.setattr("llamac.model.random_weights.preset_config", lambda name: small)
+    monkeypatch.setattr("llamac.model.checkpoint.random_weights.preset_config", lambda name: small)
     write_random_checkpoint("llama-3.2-1b", tmp_path / "a", num_hidden_layers=1)
     checkpoint = open_checkpoint(tmp_path / "a")
     assert checkpoint.config == replace(small, num_hidden_layers=1)

@@ -18,12 +18,12 @@ from test_cli import CONFIG, add_tokenizer, subprocess_args
 
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
-from llamac.model.random_weights import write_random_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.runtime.bundle.manifest import Manifest, open_bundle
 from llamac.runtime.cli import main
 from llamac.runtime.load import load
-from llamac.runtime.manifest import Manifest, open_bundle
-from llamac.runtime.providers import PROVIDERS, provider_problem
-from llamac.runtime.tokenizer_files import load_tokenizer
+from llamac.runtime.ort.providers import PROVIDERS, provider_problem
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 SIZES = {"batch_size": 2, "prefill_len": 8, "max_seq_len": 32}
 MISSING = [name for name in PROVIDERS if provider_problem(name)]
@@ -390,6 +390,6 @@ def test_ctrl_c_while_loading(bundle: Path, monkeypatch: pytest.MonkeyPatch, cap
     def press(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("llamac.runtime.session.open_session", press)
+    monkeypatch.setattr("llamac.runtime.ort.ort_backend.open_session", press)
     assert main(["run", str(bundle)]) == 130
     assert capsys.readouterr() == ("", "")

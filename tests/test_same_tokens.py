@@ -12,11 +12,11 @@ from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER, load_backend
 from llamac.runtime.backend import Backend
-from llamac.runtime.generate import Completion, Request, generate
+from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.session import OrtBackend
-from llamac.runtime.tokenizer import Tokenizer
-from llamac.runtime.tokenizer_files import load_tokenizer
+from llamac.runtime.scheduler import Completion, Request, generate
+from llamac.runtime.text.tokenizer import Tokenizer
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 SIZES = {"batch_size": 4, "max_seq_len": 96, "prefill_len": 16}
 PROMPTS = (

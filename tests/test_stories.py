@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamac.model.stories import accepts, explain, make_story, stories
-from llamac.model.story_plots import PLOTS
+from llamac.model.demo.stories import accepts, explain, make_story, stories
+from llamac.model.demo.story_plots import PLOTS
 
 # Seed 1 tells: Beside a winding river, there lived a clever girl named Olive. ...
 STUCK = make_story(1)

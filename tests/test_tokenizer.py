@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamac.runtime.tokenizer import StreamDecoder, Tokenizer
-from llamac.runtime.tokenizer_files import load_tokenizer
+from llamac.runtime.text.tokenizer import StreamDecoder, Tokenizer
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 # sentencepiece's extension module lacks __module__ on its types.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute")
@@ -694,7 +694,7 @@ def test_the_import_is_light():
     import sys
 
     code = (
-        "import sys, llamac.runtime.tokenizer_files, llamac.runtime.chat;"
+        "import sys, llamac.runtime.text.tokenizer_files, llamac.runtime.text.chat_template;"
         "print({'torch', 'tokenizers', 'tiktoken', 'sentencepiece', 'jinja2'} & {*sys.modules})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

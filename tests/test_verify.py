@@ -21,11 +21,11 @@ from llamac.export.verify import bundle_checkpoint, verify_bundle
 from llamac.model.checkpoint import load_model, open_checkpoint
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.backend import BackendUnavailableError
+from llamac.runtime.bundle.manifest import Manifest, open_bundle
 from llamac.runtime.cli import main
-from llamac.runtime.manifest import Manifest, open_bundle
-from llamac.runtime.providers import provider_problem
-from llamac.runtime.session import OrtBackend
-from llamac.runtime.tokenizer_files import load_tokenizer
+from llamac.runtime.ort.ort_backend import OrtBackend
+from llamac.runtime.ort.providers import provider_problem
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 from variants import VARIANTS
 
 SIZES = {"batch_size": 3, "prefill_len": 8, "max_seq_len": 32}

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from llamac.export.weights import WeightPlan, plan_weights, write_rope_tables, write_weights
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.random_weights import write_random_checkpoint
 from llamac.model.tables import rope_tables
-from llamac.runtime.manifest import WeightFile, hash_file
+from llamac.runtime.bundle.manifest import WeightFile, hash_file
 
 CONFIG = LlamaConfig(
     vocab_size=97,

@@ -1,0 +1,1 @@
+"""What torch has no fast form for: attention over live rows, kernels for a GPU."""

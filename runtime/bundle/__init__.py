@@ -1,0 +1,1 @@
+"""The exported artifact: its manifest, and what it holds."""

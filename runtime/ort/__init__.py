@@ -1,0 +1,1 @@
+"""A bundle through ONNX Runtime: sessions, providers, memory bound in place."""

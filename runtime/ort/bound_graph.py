@@ -1,0 +1,102 @@
+"""A graph's session with all its inputs and outputs bound to memory that stays where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import GraphFile
+from .buffers import ONNX_TYPES, CacheBuffers, allocate
+
+__all__ = ["BoundGraph"]
+
+
+class BoundGraph:
+    """Runs one graph in place.
+
+    A decode graph is bound to the whole cache; a prefill graph has a binding for every slot, each
+    to that slot's part of it.
+
+    Args:
+        session: The graph's onnxruntime.InferenceSession.
+        graph: Its sizes.
+        vocab_size: V.
+        cache: Bound as past and present.
+        on_gpu: Where the cache lies, and ids and logits too.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        graph: GraphFile,
+        *,
+        vocab_size: int,
+        cache: CacheBuffers,
+        on_gpu: bool,
+    ) -> None:
+        self._session = session
+        self._device = "cuda" if on_gpu else "cpu"
+        self._inputs = {
+            name: allocate(shape, "int64", on_gpu=on_gpu)
+            for name, shape in (
+                ("input_ids", (graph.batch, graph.tokens)),
+                ("positions", (graph.batch,)),
+                ("write_indices", (graph.batch,)),
+                ("logit_indices", (graph.batch, graph.logits)),
+            )
+        }
+        logits_shape = (graph.batch, graph.logits, vocab_size)
+        self._logits = allocate(logits_shape, "float32", on_gpu=on_gpu)
+        num_slots = cache.shape[0] // graph.batch
+        self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
+
+    def run(
+        self,
+        slot: int,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        logit_index: int,
+    ) -> NDArray[np.float32]:
+        """Runs T tokens of each row.
+
+        Args:
+            slot: Of a prefill graph; 0 for decode.
+            ids: [B, T].
+            positions: [B], of the first tokens.
+            rows: [B], cache rows they are written to.
+            logit_index: Which of the T tokens gets logits.
+
+        Returns:
+            [B, V] float32 logits, on the CPU a view that the next run overwrites.
+        """
+        self._inputs["input_ids"].write(ids)
+        self._inputs["positions"].write(positions)
+        self._inputs["write_indices"].write(rows)
+        self._inputs["logit_indices"].write(np.full((len(ids), 1), logit_index))
+        self._session.run_with_iobinding(self._bindings[slot])
+        return self._logits.read()[:, 0]
+
+    def _bind(self, cache: CacheBuffers, slot: int, batch: int) -> Any:
+        binding = self._session.io_binding()
+        for name, buffer in self._inputs.items():
+            self._bind_input(binding, name, "int64", buffer.shape, buffer.pointer)
+        self._bind_output(binding, "logits", "float32", self._logits.shape, self._logits.pointer)
+        shape = (batch, *cache.shape[1:])
+        for index, pointer in enumerate(cache.pointers(slot)):
+            name = f"{index // 2}.{('key', 'value')[index % 2]}"
+            self._bind_input(binding, f"past_key_values.{name}", cache.dtype, shape, pointer)
+            self._bind_output(binding, f"present.{name}", cache.dtype, shape, pointer)
+        return binding
+
+    def _bind_input(
+        self, binding: Any, name: str, dtype: str, shape: tuple[int, ...], pointer: int
+    ) -> None:
+        binding.bind_input(name, self._device, 0, ONNX_TYPES[dtype], list(shape), pointer)
+
+    def _bind_output(
+        self, binding: Any, name: str, dtype: str, shape: tuple[int, ...], pointer: int
+    ) -> None:
+        binding.bind_output(name, self._device, 0, ONNX_TYPES[dtype], list(shape), pointer)

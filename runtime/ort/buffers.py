@@ -1,0 +1,130 @@
+"""Memory that ONNX Runtime reads and writes in place: step inputs, logits and the KV cache.
+
+Every buffer is allocated once, zero-filled, and bound by its address.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .gpu_libraries import copy_rows
+
+__all__ = ["ONNX_TYPES", "Buffer", "CacheBuffers", "allocate"]
+
+# onnx.TensorProto's numbers.
+ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+# NumPy has no bfloat16; its bits do.
+_NUMPY_TYPES = {"float32": "f4", "int64": "i8", "float16": "f2", "bfloat16": "u2"}
+_ALIGNMENT = 64
+
+
+class Buffer(Protocol):
+    """Zero-filled memory of a fixed shape, on the host or on the GPU."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it holds."""
+        ...
+
+    @property
+    def pointer(self) -> int:
+        """Its address, constant for its life."""
+        ...
+
+    def write(self, values: NDArray[Any]) -> None:
+        """Copies an array of the buffer's shape into it."""
+        ...
+
+    def read(self) -> NDArray[Any]:
+        """The content; on the host a view, from the GPU a copy."""
+        ...
+
+
+def allocate(shape: tuple[int, ...], dtype: str, *, on_gpu: bool) -> Buffer:
+    """Allocates zeros: under a mask, 0 x garbage could be 0 x NaN."""
+    return _GpuBuffer(shape, dtype) if on_gpu else _HostBuffer(shape, dtype)
+
+
+class CacheBuffers:
+    """The KV cache: per layer one K and one V buffer [B, K, S, D].
+
+    Args:
+        shape: B, K, S, D.
+        num_layers: Number of layers.
+        dtype: Of the elements.
+        on_gpu: Where it lies.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], num_layers: int, dtype: str, *, on_gpu: bool
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._on_gpu = on_gpu
+        self._buffers = [allocate(shape, dtype, on_gpu=on_gpu) for _ in range(2 * num_layers)]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot in one buffer."""
+        return prod(self.shape[1:]) * _item_bytes(self.dtype)
+
+    def pointers(self, slot: int = 0) -> list[int]:
+        """Where a slot begins in each buffer: K and V of the first layer, of the second, ..."""
+        return [buffer.pointer + slot * self.slot_bytes for buffer in self._buffers]
+
+    def copy_row(self, slot: int, source: int, target: int) -> None:
+        """Copies one row of a slot over another, in all heads and buffers."""
+        if self._on_gpu:
+            _, num_heads, max_seq_len, head_dim = self.shape
+            copy_rows(
+                self.pointers(slot),
+                num_heads=num_heads,
+                max_seq_len=max_seq_len,
+                row_bytes=head_dim * _item_bytes(self.dtype),
+                rows=(source, target),
+            )
+            return
+        for buffer in self._buffers:
+            array = buffer.read()
+            array[slot, :, target] = array[slot, :, source]
+
+
+class _HostBuffer:
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape = shape
+        size = prod(shape) * _item_bytes(dtype)
+        raw = np.zeros(size + _ALIGNMENT, np.uint8)
+        begin = -raw.ctypes.data % _ALIGNMENT
+        self._array = raw[begin : begin + size].view(_NUMPY_TYPES[dtype]).reshape(shape)
+        self.pointer = self._array.ctypes.data
+
+    def write(self, values: NDArray[Any]) -> None:
+        self._array[:] = values
+
+    def read(self) -> NDArray[Any]:
+        return self._array
+
+
+class _GpuBuffer:
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        from onnxruntime import OrtValue
+
+        self.shape = shape
+        element_type = ONNX_TYPES[dtype]
+        self._value = OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, "cuda", 0)
+        self._value.update_inplace(np.zeros(shape, _NUMPY_TYPES[dtype]))
+        self.pointer: int = self._value.data_ptr()
+
+    def write(self, values: NDArray[Any]) -> None:
+        self._value.update_inplace(np.ascontiguousarray(values))
+
+    def read(self) -> NDArray[Any]:
+        return self._value.numpy()
+
+
+def _item_bytes(dtype: str) -> int:
+    return np.dtype(_NUMPY_TYPES[dtype]).itemsize

@@ -1,0 +1,279 @@
+"""The ONNX Runtime backend: a bundle's prefill and decode graphs on one preallocated cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backend import BackendUnavailableError, StaticShape
+from ..bundle.inspect import describe_bundle
+from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
+from ..memory import available_bytes, format_bytes
+from .bound_graph import BoundGraph
+from .buffers import CacheBuffers
+from .engine_cache import engine_folder, has_engine, tensorrt_options
+from .gpu_libraries import free_bytes
+from .mapped_weights import map_weights
+from .providers import PROVIDERS, SessionOptions, open_session, provider_problem
+
+__all__ = ["OrtBackend", "check_choice"]
+
+# Which graphs a provider has kernels for; the first is its own.
+_TARGETS = {
+    "cpu": ("cpu", "cuda", "tensorrt"),
+    "cuda": ("cuda", "tensorrt"),
+    "tensorrt": ("tensorrt",),
+}
+_TENSORRT_ALIGNMENT = 256  # of every address that is bound to an engine
+
+
+class OrtBackend:
+    """A bundle in ONNX Runtime, behind the Backend protocol.
+
+    The cache is bound as the graphs' past and present, so each step writes it in place; prefill
+    is bound to one slot of it. Ids, positions and logits have buffers that stay, too.
+
+    Args:
+        bundle: The bundle or its folder.
+        provider: "cpu", "cuda" or "tensorrt"; nothing else runs if it can't.
+        target: Which graphs; None takes the provider's own.
+        threads: Of the CPU provider; None takes one per physical core.
+        engine_cache: Where TensorRT's engines are kept; None is the user's cache folder.
+        prepack: Whether decode on the CPU gets its own copy of the weights in the layout its
+            kernels like best: more tokens per second, most of all with a batch, for a slow start
+            and twice the memory.
+        progress: Told in a few words what is being loaded or built.
+
+    Attributes:
+        shape: The static sizes.
+        provider: What runs.
+        target: Whose graphs.
+        load_s: Seconds it took to make ready.
+
+    Raises:
+        FileNotFoundError: There is no bundle, or one of its files is missing.
+        ValueError: The bundle is damaged, or has no such graphs, or the provider can't run them.
+        BackendUnavailableError: The machine lacks what the provider needs, or the memory.
+    """
+
+    def __init__(
+        self,
+        bundle: Manifest | str | Path,
+        *,
+        provider: str = "cpu",
+        target: str | None = None,
+        threads: int | None = None,
+        engine_cache: Path | None = None,
+        prepack: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        begin = time.perf_counter()
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
+        if problem := provider_problem(provider):
+            raise BackendUnavailableError(f"--provider {provider}: {problem}")
+        manifest = bundle if isinstance(bundle, Manifest) else open_bundle(bundle)
+        self.provider = provider
+        self.target = check_choice(manifest, provider, target)
+        _check_memory(manifest, provider, self.target, prepack=prepack)
+        self.shape: StaticShape = manifest.shape
+        model, shape, on_gpu = manifest.model, manifest.shape, provider != "cpu"
+        decode = manifest.find_graph("decode", self.target)
+        self._cache = CacheBuffers(
+            (shape.batch_size, model.num_key_value_heads, shape.max_seq_len, model.head_dim),
+            model.num_hidden_layers,
+            decode.dtype,
+            on_gpu=on_gpu,
+        )
+        # On a GPU every session uploads its own copy.
+        self._weights = {} if on_gpu else map_weights(manifest, decode.dtype)
+        report = progress or (lambda _: None)
+        opener = _Opener(
+            manifest=manifest,
+            provider=provider,
+            threads=threads,
+            engines=engine_folder(manifest, engine_cache) if provider == "tensorrt" else None,
+            prepack=prepack,
+            weights=self._weights,
+            report=report,
+        )
+        self._prefill = {
+            length: opener.open(manifest.find_graph("prefill", self.target, length), self._cache)
+            for length in shape.prefill_lens
+        }
+        self._decode = opener.open(decode, self._cache)
+        # TensorScatter can write any row; GroupQueryAttention appends at its own length.
+        self._appends = "GroupQueryAttention" in decode.ops
+        self._last_rolled = [-1] * shape.batch_size
+        if on_gpu:
+            self._warm_up(report)
+        self.load_s = time.perf_counter() - begin
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """One chunk of a prompt through one slot; see Backend."""
+        length = self.shape.chunk_len(slot, len(ids), start)
+        padded = np.zeros((1, length), np.int64)
+        padded[0, : len(ids)] = ids
+        self._check_ids(padded)
+        self._last_rolled[slot] = -1
+        position = np.array([start])
+        logits = self._prefill[length].run(slot, padded, position, position, len(ids) - 1)
+        return logits[0].copy()
+
+    def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One token of every slot; see Backend."""
+        if not ids.shape == positions.shape == (self.shape.batch_size,):
+            raise ValueError(
+                f"ids have shape {ids.shape} and positions {positions.shape}; both must be "
+                f"({self.shape.batch_size},), one for every slot"
+            )
+        self._check_ids(ids)
+        last = self.shape.num_positions - 1
+        if positions.min() < 0 or positions.max() > last:
+            raise ValueError(f"positions are {positions.tolist()}; allowed are 0 to {last}")
+        rows = self._roll(positions) if self._appends else positions % self.shape.max_seq_len
+        return self._decode.run(0, ids[:, None], positions, rows, 0)
+
+    def _check_ids(self, ids: NDArray[np.int64]) -> None:
+        if ids.min() < 0 or ids.max() >= self.shape.vocab_size:
+            raise ValueError(
+                f"ids are from {ids.min()} to {ids.max()}; "
+                f"allowed are 0 to {self.shape.vocab_size - 1}"
+            )
+
+    def _roll(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Makes room in full slots, whose next token is always written to the last row.
+
+        With S = 4, position 4: row 3 (position 3) goes over row 0 (position 0), position 4 into
+        row 3. Position 5: row 3 (position 4) over row 1. The rows' order is of no matter.
+
+        Returns:
+            The rows to write.
+        """
+        last_row = self.shape.max_seq_len - 1
+        rows = np.minimum(positions, last_row)
+        for slot in range(len(rows)):
+            position = int(positions[slot])
+            if position <= last_row:
+                self._last_rolled[slot] = -1
+            # A step that was interrupted comes again; by then the last row may be the new token's.
+            elif position != self._last_rolled[slot]:
+                if last_row:
+                    target = (position - last_row - 1) % last_row
+                    self._cache.copy_row(slot, last_row, target)
+                self._last_rolled[slot] = position
+        return rows
+
+    def _warm_up(self, report: Callable[[str], None]) -> None:
+        """Two runs: on a GPU the first decode is recorded, the second replayed."""
+        report("warming up")
+        zeros = np.zeros(self.shape.batch_size, np.int64)
+        for _ in range(2):
+            for length in self.shape.prefill_lens:
+                self.prefill(0, [0] * length, 0)
+            self.decode(zeros, zeros)
+
+
+def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
+    """Checks that a bundle has graphs that a provider has kernels for.
+
+    Args:
+        manifest: The bundle.
+        provider: What shall run.
+        target: Which graphs; None takes the provider's own.
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: The provider is unknown, the bundle lacks the target, they don't match, or a
+            slot's cache begins where the provider can't bind it.
+    """
+    if provider not in PROVIDERS:
+        raise ValueError(f"provider is {provider!r}; it must be one of {', '.join(PROVIDERS)}")
+    chosen = provider if target is None else target
+    graph = manifest.find_graph("decode", chosen)
+    if chosen not in _TARGETS[provider]:
+        allowed = ", ".join(_TARGETS[provider])
+        raise ValueError(f"provider {provider} runs graphs of {allowed}; target is {chosen}")
+    if provider == "cpu" and graph.dtype == "bfloat16":
+        raise ValueError(
+            f"the graphs of {chosen} are bfloat16, which onnxruntime's CPU provider can't run; "
+            "use the cpu target, or export with --dtype float32"
+        )
+    model, shape = manifest.model, manifest.shape
+    row_bytes = model.num_key_value_heads * model.head_dim * ITEM_BYTES[graph.dtype]
+    slot_bytes = shape.max_seq_len * row_bytes
+    if provider == "tensorrt" and shape.batch_size > 1 and slot_bytes % _TENSORRT_ALIGNMENT:
+        raise ValueError(
+            f"a cache slot has {slot_bytes} bytes a layer, TensorRT wants a multiple of "
+            f"{_TENSORRT_ALIGNMENT}; export with --max-seq-len a multiple of 64"
+        )
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opener:
+    """Opens graphs with one set of options and binds them to a cache."""
+
+    manifest: Manifest
+    provider: str
+    threads: int | None
+    engines: Path | None
+    prepack: bool
+    weights: Mapping[str, Any]
+    report: Callable[[str], None]
+
+    def open(self, graph: GraphFile, cache: CacheBuffers) -> BoundGraph:
+        building = self.engines is not None and not has_engine(self.engines, graph)
+        self.report(
+            f"building the TensorRT engine of {graph.role} (minutes, kept for the next start)"
+            if building
+            else f"loading {graph.role}"
+        )
+        options = SessionOptions(
+            provider=self.provider,
+            threads=self.threads,
+            prepack=self.prepack and graph.role == "decode",
+            provider_options=self._provider_options(graph),
+            initializers=self.weights,
+        )
+        return BoundGraph(
+            open_session(self.manifest.folder / graph.file, options),
+            graph,
+            vocab_size=self.manifest.shape.vocab_size,
+            cache=cache,
+            on_gpu=self.provider != "cpu",
+        )
+
+    def _provider_options(self, graph: GraphFile) -> dict[str, str]:
+        if self.engines is not None:
+            return tensorrt_options(self.engines, graph)
+        if self.provider == "cuda":
+            return {
+                "device_id": "0",
+                "use_tf32": "0",
+                "enable_cuda_graph": str(int(graph.role == "decode")),
+            }
+        return {}
+
+
+def _check_memory(manifest: Manifest, provider: str, target: str, *, prepack: bool) -> None:
+    needs = describe_bundle(manifest)["targets"][target]
+    if provider == "cpu":
+        copies, free, where = 1 + prepack, available_bytes(), "memory"
+    else:
+        copies, free, where = needs["weight_copies"], free_bytes(), "GPU memory"
+    weights, cache = copies * needs["weight_bytes"], needs["cache_bytes"]
+    if weights + cache > free:
+        raise BackendUnavailableError(
+            f"weights {format_bytes(weights)}, cache {format_bytes(cache)} do not fit in "
+            f"{format_bytes(free)} of free {where}; export with a smaller --max-seq-len or "
+            "--batch-size"
+        )

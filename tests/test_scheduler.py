@@ -1,0 +1,643 @@
+import hashlib
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamac.runtime.backend import StaticShape
+from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
+from llamac.runtime.scheduler import Request, Scheduler, generate, next_chunk, stream
+from llamac.runtime.text.tokenizer import Tokenizer
+
+VOCAB_SIZE = 64
+EOS_ID = 2
+GREEDY = SamplingParams(temperature=0)
+SEEDED = SamplingParams(temperature=1.5, top_p=0.95, repetition_penalty=1.2, seed=5)
+
+
+# --- a model whose every logit depends on every (id, position) it can see ---
+
+
+def mix(token_id: int, position: int, visible) -> int:
+    """What a cache row holds: a hash of the token, its position and the rows it attends to."""
+    rows = np.sort(np.array([token_id, position, *visible], np.uint64)[2:])
+    data = np.concatenate([np.array([token_id, position], np.uint64), rows]).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def row_logits(row: int) -> np.ndarray:
+    raw = np.random.Philox(key=np.array([row, 0], np.uint64)).random_raw(VOCAB_SIZE)
+    return ((raw >> np.uint64(40)).astype(np.float32) / 2**21) - 4  # in [-4, 4)
+
+
+class HashBackend:
+    """Keeps a real cache, breaks no promise of Backend and lets the caller break none."""
+
+    def __init__(
+        self, *, batch=4, max_seq_len=24, prefill_lens=(4,), num_positions=40, fail_at=None
+    ):
+        self.shape = StaticShape(
+            batch_size=batch,
+            max_seq_len=max_seq_len,
+            prefill_lens=prefill_lens,
+            num_positions=num_positions,
+            vocab_size=VOCAB_SIZE,
+        )
+        self.rows = np.zeros((batch, max_seq_len), np.uint64)
+        self.calls = []
+        self.fail_at = fail_at or {}
+        self._logits = np.zeros((batch, VOCAB_SIZE), np.float32)
+
+    def _begin(self, *call):
+        self._logits[:] = np.nan  # logits are valid until the next call
+        self.calls.append(call)
+
+    def _end(self):
+        if len(self.calls) in self.fail_at:
+            raise self.fail_at[len(self.calls)]
+
+    def prefill(self, slot, ids, start):
+        self._begin("prefill", slot, tuple(ids), start)
+        chunk_len = min(n for n in self.shape.prefill_lens if n >= len(ids))
+        assert len(ids) >= 1
+        assert 0 <= start <= start + chunk_len <= self.shape.max_seq_len
+        assert all(0 <= i < VOCAB_SIZE for i in ids)
+        cache = self.rows[slot]
+        for position in range(start, start + chunk_len):  # the padding is written too
+            offset = position - start
+            token_id = ids[offset] if offset < len(ids) else 0
+            cache[position] = mix(token_id, position, cache[:position])
+        self._logits[0] = row_logits(int(cache[start + len(ids) - 1]))
+        self._end()
+        return self._logits[0]
+
+    def decode(self, ids, positions):
+        self._begin("decode", ids.tolist(), positions.tolist())
+        batch, max_seq_len = self.rows.shape
+        assert ids.shape == positions.shape == (batch,)
+        assert ids.dtype == positions.dtype == np.int64
+        assert all(0 <= i < VOCAB_SIZE for i in ids)
+        assert all(0 <= p < self.shape.num_positions for p in positions)
+        for slot, (token_id, position) in enumerate(zip(ids, positions, strict=True)):
+            cache, row = self.rows[slot], position % max_seq_len
+            visible = cache[:position] if position < max_seq_len else np.delete(cache, row)
+            cache[row] = mix(int(token_id), int(position), visible)
+            self._logits[slot] = row_logits(int(cache[row]))
+        self._end()
+        return self._logits
+
+
+def expected(request, *, max_seq_len=24, end=None, allowed_size=VOCAB_SIZE, eos_ids=()):
+    """Generates without slots, chunks or a cache of fixed size: (ids, finish_reason, logits)."""
+    end = max_seq_len if end is None else end
+    sampler = Sampler(
+        request.sampling,
+        VOCAB_SIZE,
+        allowed_size=allowed_size,
+        prompt_ids=request.prompt_ids,
+        sample_index=request.sample_index,
+    )
+    rows, ids, every_logits = [], [], []
+    pending = list(request.prompt_ids)
+    while True:
+        for token_id in pending:
+            position = len(rows)
+            window = rows[max(0, position - max_seq_len + 1) :]
+            rows.append(mix(token_id, position, window))
+        logits = row_logits(rows[-1])
+        token_id = sampler.sample(logits, len(rows))
+        if token_id in (*eos_ids, *request.stop_ids):
+            return ids, "stop", every_logits
+        ids.append(token_id)
+        every_logits.append(logits)
+        if len(ids) == request.max_new_tokens or len(rows) == end:
+            return ids, "length", every_logits
+        pending = [token_id]
+
+
+def prompt(length, seed=0):
+    return tuple(int(i) for i in (np.arange(length) * 7 + seed * 13 + 3) % 60)
+
+
+def request(length, seed=0, **kwargs):
+    kwargs = {"max_new_tokens": 8, "sampling": GREEDY, **kwargs}
+    return Request(prompt_ids=prompt(length, seed), **kwargs)
+
+
+def run(scheduler, limit=1000):
+    events = []
+    for _ in range(limit):
+        if scheduler.idle:
+            return events
+        events += scheduler.step()
+    raise AssertionError("the scheduler never became idle")
+
+
+def completions(events):
+    return {e.request_id: e.completion for e in events if e.finish_reason}
+
+
+def letters():
+    """A letter for each id from 3 on; 60 and 61 are the halves of one character, 63 isn't there."""
+    pieces = {i: bytes([65 + i]) for i in range(3, 60)}
+    pieces |= {0: b"", 1: b"", EOS_ID: b"", 60: b"\xc3", 61: b"\xa9", 62: b"!"}
+    return Tokenizer(
+        encoder=lambda text, special: [ord(c) - 65 for c in text],
+        pieces=pieces,
+        bos_id=1,
+        eos_ids=(EOS_ID,),
+        special_ids=frozenset({0, 1, EOS_ID}),
+    )
+
+
+# --- the same ids as alone, whatever happens around ---
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 12, 21, 22, 23])
+@pytest.mark.parametrize("limit_policy", ["stop", "roll"])
+def test_chunk_edges(length, sampling, limit_policy):
+    # S = 23 isn't a multiple of P = 4: the last chunk of a prompt past 20 moves back to row 19.
+    backend = HashBackend(max_seq_len=23)
+    asked = request(length, sampling=sampling, max_new_tokens=100)
+    (got,) = generate(backend, None, [asked], limit_policy=limit_policy)
+    end = 23 if limit_policy == "stop" else 40
+    ids, reason, _ = expected(asked, max_seq_len=23, end=end)
+    assert (got.ids, got.finish_reason) == (ids, reason)
+    assert len(ids) == end + 1 - length
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_four_prompts_in_one_batch_give_the_same_ids_as_alone(sampling):
+    requests = [request(n, n, sampling=sampling) for n in (2, 17, 5, 11)]
+    together = generate(HashBackend(), None, requests)
+    for asked, got in zip(requests, together, strict=True):
+        (alone,) = generate(HashBackend(batch=1), None, [asked])
+        assert got.ids == alone.ids == expected(asked)[0]
+        assert got.prompt_ids == asked.prompt_ids
+    assert len({tuple(got.ids) for got in together}) == 4
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_decoding_a_slot_between_two_chunks_of_another_changes_neither(sampling):
+    backend = HashBackend(batch=2)
+    first, second = request(3, 1, sampling=sampling), request(10, 2, sampling=sampling)
+    scheduler = Scheduler(backend, None)
+    scheduler.submit(first)
+    scheduler.step()
+    scheduler.submit(second)
+    done = completions(run(scheduler))
+    kinds = [call[0] for call in backend.calls[:7]]
+    assert kinds == ["prefill", "decode", "prefill", "decode", "prefill", "decode", "prefill"]
+    assert done[0].ids == expected(first)[0]
+    assert done[1].ids == expected(second)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_requests_gives_the_reference_ids(data):
+    max_seq_len = data.draw(st.integers(1, 18), "S")
+    num_positions = max_seq_len + data.draw(st.integers(0, 2 * max_seq_len), "rows past S")
+    lens = data.draw(st.sets(st.integers(1, max_seq_len), min_size=1, max_size=3), "P")
+    batch = data.draw(st.integers(1, 4), "B")
+    policy = data.draw(st.sampled_from(["stop", "roll"]))
+    scheduler = Scheduler(
+        HashBackend(
+            batch=batch,
+            max_seq_len=max_seq_len,
+            prefill_lens=tuple(sorted(lens)),
+            num_positions=num_positions,
+        ),
+        None,
+        limit_policy=policy,
+        eos_ids=(EOS_ID,),
+    )
+    asked, events = {}, []
+    for seed in range(data.draw(st.integers(1, 6), "requests")):
+        one = request(
+            data.draw(st.integers(1, max_seq_len), "prompt"),
+            seed,
+            sampling=data.draw(st.sampled_from([GREEDY, SEEDED])),
+            max_new_tokens=data.draw(st.integers(1, 30)),
+        )
+        asked[scheduler.submit(one)] = one
+        for _ in range(data.draw(st.integers(0, 6), "steps before the next")):
+            events += scheduler.step()
+        if data.draw(st.integers(0, 5)) == 0:
+            scheduler.cancel(data.draw(st.sampled_from(sorted(asked))))
+    events += run(scheduler)
+    assert sorted(e.request_id for e in events if e.finish_reason) == sorted(asked)
+    end = max_seq_len if policy == "stop" else num_positions
+    for request_id, got in completions(events).items():
+        ids, reason, _ = expected(
+            asked[request_id], max_seq_len=max_seq_len, end=end, eos_ids=(EOS_ID,)
+        )
+        own = [e for e in events if e.request_id == request_id]
+        assert [e.token_id for e in own if e.token_id is not None] == got.ids
+        if got.finish_reason == "cancelled":
+            assert got.ids == ids[: len(got.ids)]
+        else:
+            assert (got.ids, got.finish_reason) == (ids, reason)
+
+
+# --- chunks ---
+
+
+@given(data=st.data())
+def test_chunks_cover_the_prompt_and_stay_in_the_cache(data):
+    max_seq_len = data.draw(st.integers(1, 200))
+    lens = data.draw(st.sets(st.integers(1, max_seq_len), min_size=1, max_size=3))
+    prompt_len = data.draw(st.integers(1, max_seq_len))
+    shape = StaticShape(
+        batch_size=1,
+        max_seq_len=max_seq_len,
+        prefill_lens=tuple(sorted(lens)),
+        num_positions=max_seq_len,
+        vocab_size=1,
+    )
+    done = 0
+    while done < prompt_len:
+        start, end = next_chunk(prompt_len, done, shape)
+        assert 0 <= start <= done < end <= prompt_len
+        chunk_len = min(n for n in lens if n >= end - start)
+        assert start + chunk_len <= max_seq_len
+        assert start == done or end == prompt_len  # only the last chunk moves back
+        done = end
+
+
+def test_the_documented_chunks():
+    shape = StaticShape(
+        batch_size=1, max_seq_len=10, prefill_lens=(4,), num_positions=10, vocab_size=1
+    )
+    assert [next_chunk(9, done, shape) for done in (0, 4, 8)] == [(0, 4), (4, 8), (6, 9)]
+
+
+def test_the_smallest_chunk_that_fits_takes_the_rest():
+    backend = HashBackend(batch=1, prefill_lens=(2, 8))
+    generate(backend, None, [request(11, max_new_tokens=1)])
+    assert [(call[3], len(call[2])) for call in backend.calls] == [(0, 8), (8, 3)]
+    backend = HashBackend(batch=1, prefill_lens=(2, 8))
+    generate(backend, None, [request(10, max_new_tokens=1)])
+    assert [(call[3], len(call[2])) for call in backend.calls] == [(0, 8), (8, 2)]
+
+
+# --- slots ---
+
+
+def test_idle_rows_are_fed_where_their_own_next_token_goes():
+    backend = HashBackend(batch=3)
+    scheduler = Scheduler(backend, None)
+    scheduler.submit(request(2, 1, max_new_tokens=4))
+    scheduler.submit(request(11, 2, max_new_tokens=2))
+    run(scheduler)
+    steps = [call[2] if call[0] == "decode" else call[3] for call in backend.calls]
+    # [first request, second, free slot]: prefills by their start, decodes by their positions.
+    assert steps == [0, [2, 0, 0], 0, [3, 4, 0], 4, [4, 8, 0], 8, [0, 11, 0]]
+    assert backend.calls[3][1][1:] == [0, 0]
+
+
+def test_a_prompt_that_fills_the_cache_gives_one_token_and_frees_its_slot():
+    backend = HashBackend(batch=2)
+    full, other = request(24, 1), request(4, 2)
+    first, second, third = generate(backend, None, [full, other, full])
+    assert first.ids == third.ids == expected(full)[0]
+    assert len(first.ids) == 1
+    assert first.finish_reason == "length"
+    assert second.ids == expected(other)[0]
+
+
+def test_more_requests_than_slots_wait_their_turn():
+    requests = [request(5, n, max_new_tokens=n + 1) for n in range(7)]
+    scheduler = Scheduler(HashBackend(batch=2), None)
+    assert [scheduler.submit(r) for r in requests] == list(range(7))
+    events = run(scheduler)
+    first_events = list(dict.fromkeys(e.request_id for e in events))
+    assert first_events == list(range(7))
+    for request_id, got in completions(events).items():
+        assert got.ids == expected(requests[request_id])[0]
+
+
+def test_step_does_nothing_when_idle():
+    scheduler = Scheduler(HashBackend(), None)
+    assert scheduler.idle
+    assert scheduler.step() == []
+    assert generate(HashBackend(), None, []) == []
+
+
+# --- cancel ---
+
+
+@pytest.mark.parametrize("num_steps", range(12))
+@pytest.mark.parametrize("victim", range(3))
+def test_cancel_in_every_state(num_steps, victim):
+    requests = [request(n, n, max_new_tokens=5) for n in (3, 9, 6)]
+    scheduler = Scheduler(HashBackend(batch=2), None)
+    for one in requests:
+        scheduler.submit(one)
+    events = [event for _ in range(num_steps) for event in scheduler.step()]
+    over = victim in completions(events)
+    assert scheduler.cancel(victim) is not over
+    assert not scheduler.cancel(victim)
+    events += run(scheduler)
+    assert sorted(e.request_id for e in events if e.finish_reason) == [0, 1, 2]
+    done = completions(events)
+    for request_id, one in enumerate(requests):
+        ids = expected(one)[0]
+        if request_id == victim and not over:
+            assert done[victim].finish_reason == "cancelled"
+            assert done[victim].ids == ids[: len(done[victim].ids)]
+            assert (done[victim].ttft_s is None) is (done[victim].ids == [])
+        else:
+            assert done[request_id].ids == ids
+
+
+def test_the_step_after_a_cancel_gives_the_held_back_text_and_runs_nothing():
+    backend = HashBackend()
+    scheduler = Scheduler(backend, letters(), eos_ids=())
+    text = letters().decode(expected(request(3), allowed_size=63)[0][:3])
+    request_id = scheduler.submit(request(3, stop=(text + "\0",)))  # could be all a stop text
+    assert "".join(e.text for _ in range(3) for e in scheduler.step()) == ""
+    scheduler.submit(request(4))
+    num_calls = len(backend.calls)
+    scheduler.cancel(request_id)
+    (event,) = scheduler.step()
+    assert (event.text, event.token_id, event.finish_reason) == (text, None, "cancelled")
+    assert event.completion.text == text
+    assert len(backend.calls) == num_calls
+    assert not scheduler.idle
+
+
+def test_cancel_of_an_unknown_id():
+    assert not Scheduler(HashBackend(), None).cancel(3)
+
+
+# --- how requests end ---
+
+
+def test_stop_ids_end_and_are_not_in_the_ids():
+    ids = expected(request(5))[0]
+    (got,) = generate(HashBackend(), None, [request(5, stop_ids=(ids[3],))])
+    assert got.ids == ids[: ids.index(ids[3])]
+    assert got.finish_reason == "stop"
+    (got,) = generate(HashBackend(), None, [request(5)], eos_ids=(ids[0],))
+    assert (got.ids, got.text, got.finish_reason) == ([], "", "stop")
+    assert got.ttft_s is not None
+
+
+def test_eos_comes_from_the_tokenizer_unless_given():
+    tokenizer = letters()
+    asked = next(
+        one
+        for one in (request(3, seed, max_new_tokens=19, sampling=SEEDED) for seed in range(99))
+        if EOS_ID in expected(one, allowed_size=63)[0]
+    )
+    ids = expected(asked, allowed_size=63)[0]
+    (got,) = generate(HashBackend(), tokenizer, [asked])
+    assert (got.ids, got.finish_reason) == (ids[: ids.index(EOS_ID)], "stop")
+    (got,) = generate(HashBackend(), tokenizer, [asked], eos_ids=())
+    assert got.ids == ids
+
+
+def test_ids_past_the_tokenizer_are_never_drawn():
+    samplings = [SamplingParams(temperature=1.5, seed=n) for n in range(30)]
+    requests = [request(3, sampling=sampling, max_new_tokens=20) for sampling in samplings]
+    assert any(63 in expected(one)[0] for one in requests)
+    done = generate(HashBackend(), letters(), requests, eos_ids=())
+    assert all(
+        got.ids == expected(r, allowed_size=63)[0] for r, got in zip(requests, done, strict=True)
+    )
+
+
+def test_a_stop_text_over_several_tokens_cuts_the_text():
+    tokenizer = letters()
+    asked = request(4, max_new_tokens=12)
+    ids = expected(asked, allowed_size=63)[0]
+    text = tokenizer.decode(ids)
+    stop = tokenizer.decode(ids[3:6])
+    assert len(stop) == 3
+    events = []
+    asked = request(4, max_new_tokens=12, stop=("never", stop))
+    (got,) = generate(HashBackend(), tokenizer, [asked], on_event=events.append, eos_ids=())
+    assert got.text == text[: text.index(stop)]
+    assert got.finish_reason == "stop"
+    assert got.ids == ids[: len(got.ids)]  # the stop text's own tokens are kept
+    assert "".join(e.text for e in events) == got.text
+    assert events[-1].completion is got
+
+
+def test_text_is_complete_and_held_back_characters_come_at_the_end():
+    tokenizer = letters()
+    samplings = [SamplingParams(temperature=2.0, seed=n) for n in range(60)]
+    requests = [request(3, sampling=sampling, max_new_tokens=12) for sampling in samplings]
+    events = []
+    done = generate(HashBackend(), tokenizer, requests, on_event=events.append, eos_ids=())
+    assert any("\u00e9" in got.text for got in done)  # both halves in a row
+    assert any(got.ids[-1] == 60 for got in done)  # a half at the end, shown as U+FFFD
+    for request_id, got in enumerate(done):
+        whole = tokenizer.decode([*got.prompt_ids, *got.ids])
+        assert tokenizer.decode(got.prompt_ids) + got.text == whole
+        assert got.text == "".join(e.text for e in events if e.request_id == request_id)
+
+
+@pytest.mark.parametrize(
+    ("limit_policy", "length", "max_new_tokens", "num_new"),
+    [
+        ("stop", 20, 3, 3),
+        ("stop", 20, 5, 5),
+        ("stop", 20, 99, 5),  # prompt + new = S + 1
+        ("stop", 24, 99, 1),
+        ("roll", 20, 10, 10),
+        ("roll", 20, 99, 21),  # prompt + new = num_positions + 1
+        ("roll", 24, 99, 17),
+        ("roll", 24, 1, 1),
+    ],
+)
+def test_lengths(limit_policy, length, max_new_tokens, num_new):
+    asked = request(length, max_new_tokens=max_new_tokens)
+    (got,) = generate(HashBackend(), None, [asked], limit_policy=limit_policy)
+    assert len(got.ids) == num_new
+    assert got.finish_reason == "length"
+
+
+def test_roll_sees_the_last_s_positions_beside_neighbours():
+    requests = [request(n, n, max_new_tokens=99, sampling=SEEDED) for n in (24, 1, 13, 24, 7)]
+    done = generate(HashBackend(batch=2), None, requests, limit_policy="roll")
+    for asked, got in zip(requests, done, strict=True):
+        assert got.ids == expected(asked, end=40)[0]
+
+
+# --- logprobs, samples, times ---
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_logprobs_are_those_of_the_raw_logits(sampling):
+    events = []
+    asked = request(5, sampling=sampling, logprobs=3)
+    (got,) = generate(HashBackend(), letters(), [asked], on_event=events.append, eos_ids=())
+    ids, _, every_logits = expected(asked, allowed_size=63)
+    assert got.ids == ids
+    for i, logits in enumerate(every_logits):
+        logprobs = log_softmax(logits)
+        assert got.logprobs[i] == events[i].logprob == logprobs[ids[i]]
+        best = sorted(range(63), key=lambda j: -logits[j])[:3]
+        assert got.top_logprobs[i] == events[i].top_logprobs
+        assert got.top_logprobs[i] == tuple((j, logprobs[j]) for j in best)
+
+
+def test_logprobs_of_0_and_none_and_beside_an_eos():
+    ids = expected(request(5))[0]
+    (got,) = generate(HashBackend(), None, [request(5, logprobs=0, stop_ids=(ids[3],))])
+    assert len(got.logprobs) == len(got.ids)
+    assert got.top_logprobs == [()] * len(got.ids)
+    (got,) = generate(HashBackend(), None, [request(5)])
+    assert got.logprobs is None
+    assert got.top_logprobs is None
+
+
+def test_samples_of_one_prompt_differ():
+    requests = [request(5, sampling=SEEDED, sample_index=n) for n in range(4)]
+    done = generate(HashBackend(), None, [*requests, requests[0]])
+    assert len({tuple(got.ids) for got in done}) == 4
+    assert done[4].ids == done[0].ids
+
+
+def test_times():
+    for got in generate(HashBackend(batch=1), None, [request(9), request(3)]):
+        assert 0 < got.prefill_s < got.ttft_s
+        assert got.decode_s > 0
+
+
+# --- streaming ---
+
+
+def test_stream_gives_one_request_as_it_happens():
+    scheduler = Scheduler(HashBackend(), letters(), eos_ids=())
+    events = list(stream(scheduler, request(5)))
+    (got,) = generate(HashBackend(), letters(), [request(5)], eos_ids=())
+    assert [e.token_id for e in events] == got.ids
+    assert "".join(e.text for e in events) == got.text
+    assert [e.finish_reason for e in events] == [None] * 7 + ["length"]
+    assert events[-1].completion.ids == got.ids
+    assert scheduler.idle
+
+
+def test_closing_a_stream_cancels_its_request_only():
+    scheduler = Scheduler(HashBackend(batch=1), None)
+    inbox = deque()
+    scheduler.submit(request(6, 1), inbox=inbox)
+    events = stream(scheduler, request(5))
+    next(events)
+    events.close()
+    scheduler.submit(request(3, 2), inbox=inbox)
+    assert run(scheduler) == []
+    assert [e.completion.ids for e in inbox if e.completion] == [
+        expected(request(6, 1))[0],
+        expected(request(3, 2))[0],
+    ]
+
+
+def test_streams_of_one_scheduler_can_be_read_in_any_order():
+    scheduler = Scheduler(HashBackend(batch=2), None)
+    requests = [request(n, n) for n in (3, 9, 5)]
+    streams = [stream(scheduler, one) for one in requests]
+    rows = zip(*streams, strict=True)
+    ids = [[event.token_id for event in events] for events in zip(*rows, strict=True)]
+    assert ids == [expected(one)[0] for one in requests]
+
+
+def test_a_stream_that_another_cancels_ends():
+    scheduler = Scheduler(HashBackend(), None)
+    events = stream(scheduler, request(5))
+    next(events)
+    scheduler.cancel(0)
+    assert [e.finish_reason for e in events] == ["cancelled"]
+
+
+# --- when a step fails ---
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_an_interrupted_step_can_be_repeated(call):
+    requests = [request(n, n, sampling=SEEDED, max_new_tokens=5) for n in (3, 9)]
+    backend = HashBackend(batch=2, fail_at={call: KeyboardInterrupt()})
+    scheduler = Scheduler(backend, None)
+    for one in requests:
+        scheduler.submit(one)
+    with pytest.raises(KeyboardInterrupt):
+        run(scheduler)
+    done = completions(run(scheduler))
+    assert [done[n].ids for n in range(2)] == [expected(one)[0] for one in requests]
+
+
+def test_what_was_generated_is_kept_after_an_interrupt():
+    scheduler = Scheduler(HashBackend(fail_at={4: KeyboardInterrupt()}), letters(), eos_ids=())
+    request_id = scheduler.submit(request(3))
+    with pytest.raises(KeyboardInterrupt):
+        run(scheduler)
+    assert scheduler.cancel(request_id)
+    (event,) = scheduler.step()
+    ids = expected(request(3), allowed_size=63)[0]
+    assert event.completion.ids == ids[:3]
+    assert event.completion.text == letters().decode(ids[:3])
+    assert scheduler.idle
+
+
+def test_nan_logits_are_refused_and_the_others_go_on():
+    class Broken(HashBackend):
+        def decode(self, ids, positions):
+            logits = super().decode(ids, positions)
+            logits[1] = np.nan
+            return logits
+
+    scheduler = Scheduler(Broken(batch=2), None)
+    for n in (3, 4):
+        scheduler.submit(request(n, n))
+    with pytest.raises(ValueError, match="the largest logit is nan"):
+        run(scheduler)
+    scheduler.cancel(1)
+    done = completions(run(scheduler))
+    assert done[0].ids == expected(request(3, 3))[0]
+    assert done[1].finish_reason == "cancelled"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt_ids": ()}, "prompt_ids is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"stop": ("a", "")}, "stop is"),
+        ({"stop": "abc"}, "stop is 'abc'"),
+        ({"logprobs": -1}, "logprobs is -1"),
+    ],
+)
+def test_bad_requests(values, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt_ids": (1,), **values})
+
+
+def test_requests_this_backend_cannot_run():
+    backend = HashBackend()
+    scheduler = Scheduler(backend, None)
+    for bad, message in [
+        (request(25), "prompt has 25 tokens, max_seq_len is 24"),
+        (Request(prompt_ids=(1, 64)), "vocab_size is 64"),
+        (Request(prompt_ids=(1, -1)), "ids from -1 to 1"),
+        (request(2, stop=("x",)), "stop texts need a tokenizer"),
+        (request(2, sample_index=-1), "sample_index is -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scheduler.submit(bad)
+        with pytest.raises(ValueError, match=message):
+            generate(backend, None, [request(2), bad])
+    assert scheduler.idle
+    assert backend.calls == []
+
+
+def test_an_unknown_limit_policy():
+    with pytest.raises(ValueError, match='limit_policy is \'slide\'; it must be "stop" or "roll"'):
+        Scheduler(HashBackend(), None, limit_policy="slide")
