@@ -20,6 +20,9 @@ class BoundStep:
         run: From tensors on the device to logits there.
         sizes: Of the tensors.
         device: Where they lie.
+
+    Attributes:
+        num_replays: Runs so far that were replays of a recording.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class BoundStep:
         self._inputs = [host.to(device) for host in self._host]  # on a CPU the same tensors
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
+        self.num_replays = 0
 
     def __call__(self, *values: NDArray[np.int64]) -> NDArray[np.float32]:
         """Runs the step.
@@ -50,6 +54,7 @@ class BoundStep:
         if self._graph is None:
             return self._run_copied().cpu().numpy()
         self._graph.replay()
+        self.num_replays += 1
         torch.cuda.current_stream().synchronize()
         return self._logits.numpy()
 

@@ -153,6 +153,11 @@ class TorchBackend:
         self.startup = self._start(progress)
         self._warm = True
 
+    @property
+    def num_replays(self) -> int:
+        """Steps so far that were replays of a CUDA graph; 0 where nothing is recorded."""
+        return sum(step.num_replays for step in (*self._bound_prefill.values(), self._bound_decode))
+
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
         logits = self._run_prefill(slot, ids, start)
