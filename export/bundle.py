@@ -23,6 +23,7 @@ import onnx
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import DTYPES, LlamaConfig
+from ..model.load import static_shape
 from ..runtime.backend import StaticShape
 from ..runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -85,13 +86,8 @@ def export_bundle(
             or the disk is too small; nothing is left behind.
     """
     config = checkpoint.config
-    rows = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
-    shape = StaticShape(
-        batch_size=batch_size,
-        max_seq_len=rows,
-        prefill_lens=(min(128, rows) if prefill_len is None else prefill_len,),
-        num_positions=max(rows, config.max_position_embeddings),
-        vocab_size=config.vocab_size,
+    shape = static_shape(
+        config, batch_size=batch_size, max_seq_len=max_seq_len, prefill_len=prefill_len
     )
     dtypes = _target_dtypes(config, targets, dtype)
     with _new_folder(Path(out)) as folder:

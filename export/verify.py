@@ -15,7 +15,7 @@ from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.checkpoint.stored import Piece, build_checkpoint
 from ..model.checkpoint.tensor_files import open_safetensors
 from ..model.config import LlamaConfig
-from ..model.load import load_backend
+from ..model.load import load_backend, static_shape
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.bundle.manifest import Manifest, ModelSizes
 from ..runtime.compare import TOLERANCE, compare_logits, perplexity
@@ -176,7 +176,7 @@ def _check_sizes(manifest: Manifest, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder}: {name} is {getattr(config, name)}, the bundle's {size}; "
                 "name the checkpoint it was exported from"
             )
-    if max(shape.max_seq_len, config.max_position_embeddings) != shape.num_positions:
+    if static_shape(config, max_seq_len=shape.max_seq_len).num_positions != shape.num_positions:
         raise ValueError(
             f"{checkpoint.folder}: max_position_embeddings is {config.max_position_embeddings}, "
             f"the bundle has {shape.num_positions} RoPE rows; name the checkpoint it was exported "

@@ -15,16 +15,21 @@ from ..runtime.backend import BackendUnavailableError, StaticShape
 from ..runtime.language_model import LanguageModel
 from ..runtime.memory import available_bytes, format_bytes
 from ..runtime.text.tokenizer_files import load_tokenizer
+from ..runtime.typed_json import shown
 from .cache import cache_bytes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
 from .compiled.torch_backend import TorchBackend
-from .config import LlamaConfig
+from .config import DTYPES, LlamaConfig
+from .tables import check_rope_rows, rope_bytes
 
 __all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend", "static_shape"]
 
 logger = logging.getLogger(__name__)
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
+
+_DEVICES = ("cpu", "cuda")
+_MAX_WINDOWS = 16  # that RoPE rows are made for: a context of millions would cost gigabytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,10 @@ def load_backend(
         ValueError: The checkpoint or an option is refused; the message says why.
         BackendUnavailableError: The machine lacks the device, a compiler or the memory.
     """
+    for name, value, allowed in (("device", device, _DEVICES), ("dtype", dtype, (None, *DTYPES))):
+        if value not in allowed:
+            choices = ", ".join(choice for choice in allowed if choice is not None)
+            raise ValueError(f"{name} is {shown(value)}; it must be one of {choices}")
     opened = isinstance(source, Checkpoint)
     checkpoint = source if opened else open_checkpoint(source or DEMO_FOLDER)
     config = checkpoint.config
@@ -118,6 +127,7 @@ def load_backend(
     needed = {
         "weights": weight_bytes(checkpoint, torch_dtype),
         "cache": cache_bytes(config, batch_size, shape.max_seq_len, torch_dtype.itemsize),
+        "RoPE": rope_bytes(config, shape.num_positions),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
@@ -154,10 +164,12 @@ def static_shape(
     max_seq_len: int | None = None,
     prefill_len: int | None = None,
 ) -> StaticShape:
-    """Fills in the sizes that were not asked for.
+    """Fills in the sizes that were not asked for, alike for every backend and for an export.
+
+    There are RoPE rows for the context the model was trained for, at most 16 windows of it.
 
     Args:
-        config: Supplies max_position_embeddings and vocab_size.
+        config: Supplies max_position_embeddings, vocab_size and how RoPE is stretched.
         batch_size: B.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         prefill_len: P; None is 128, at most S.
@@ -166,13 +178,15 @@ def static_shape(
         The backend's sizes.
 
     Raises:
-        ValueError: They contradict each other.
+        ValueError: They contradict each other, or RoPE can't reach as far.
     """
-    rows = min(config.max_position_embeddings, 2048) if max_seq_len is None else max_seq_len
+    trained = config.max_position_embeddings
+    rows = min(trained, 2048) if max_seq_len is None else max_seq_len
+    check_rope_rows(config, rows)
     return StaticShape(
         batch_size=batch_size,
         max_seq_len=rows,
         prefill_lens=(min(128, rows) if prefill_len is None else prefill_len,),
-        num_positions=max(rows, config.max_position_embeddings),
+        num_positions=max(rows, min(trained, _MAX_WINDOWS * rows)),
         vocab_size=config.vocab_size,
     )

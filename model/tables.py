@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import LlamaConfig, RopeScaling
 
-__all__ = ["causal_mask", "rope_tables"]
+__all__ = ["causal_mask", "check_rope_rows", "rope_bytes", "rope_tables"]
 
 
 def rope_tables(config: LlamaConfig, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -24,11 +24,40 @@ def rope_tables(config: LlamaConfig, num_rows: int) -> tuple[Tensor, Tensor]:
     Returns:
         cos and sin, each [num_rows, D/2] float32: dimensions i and i + D/2 share an angle.
 
+    Raises:
+        ValueError: See check_rope_rows.
+
     Source: arXiv 2104.09864, section 3.4.2; the order of float32 operations is transformers'.
     """
-    inv_freq, attention_factor = _inverse_frequencies(config, num_rows)
+    check_rope_rows(config, num_rows)
+    inv_freq, attention_factor = _inverse_frequencies(config)
     angles = torch.arange(num_rows, dtype=torch.float32)[:, None] * inv_freq
     return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def rope_bytes(config: LlamaConfig, num_rows: int) -> int:
+    """Bytes of both tables."""
+    return num_rows * config.head_dim * torch.float32.itemsize
+
+
+def check_rope_rows(config: LlamaConfig, num_rows: int) -> None:
+    """Refuses rows that no table holds.
+
+    Dynamic RoPE turns all earlier positions anew as a sequence grows past the trained length.
+
+    Args:
+        config: The model's facts.
+        num_rows: Number of positions.
+
+    Raises:
+        ValueError: RoPE is dynamic and the rows pass the trained length.
+    """
+    is_dynamic = config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
+    if is_dynamic and num_rows > config.max_position_embeddings:
+        raise ValueError(
+            f"max_seq_len is {num_rows}; with RoPE of type 'dynamic' it may be at most "
+            f"max_position_embeddings, {config.max_position_embeddings}; lower --max-seq-len"
+        )
 
 
 def causal_mask(positions: Tensor, num_tokens: int, max_seq_len: int) -> Tensor:
@@ -50,7 +79,7 @@ def causal_mask(positions: Tensor, num_tokens: int, max_seq_len: int) -> Tensor:
     return (slots <= tokens[..., None])[:, None]
 
 
-def _inverse_frequencies(config: LlamaConfig, num_rows: int) -> tuple[Tensor, float]:
+def _inverse_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
     """[D/2] float32 radians per position, and the multiplier of cos and sin."""
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -61,10 +90,7 @@ def _inverse_frequencies(config: LlamaConfig, num_rows: int) -> tuple[Tensor, fl
         case "linear":
             return 1.0 / theta**exponents / factor, 1.0
         case "dynamic":
-            # transformers rescales the base as a sequence grows; a static table fixes it at load.
-            trained = config.max_position_embeddings
-            stretch = factor * max(num_rows, trained) / trained - (factor - 1)
-            return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
+            return 1.0 / theta**exponents, 1.0  # not stretched before the trained length ends
         case "llama3":
             return _llama3(1.0 / theta**exponents, scaling), 1.0
         case "yarn":

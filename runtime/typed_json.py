@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-__all__ = ["read_json", "to_dataclass"]
+__all__ = ["read_json", "shown", "to_dataclass"]
 
 _T = TypeVar("_T")
+
+_SHOWN_LENGTH = 60
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -38,6 +41,23 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; it must be a JSON object")
     return value
+
+
+def shown(value: object) -> str:
+    """Writes a value that a message echoes: short, and nothing that a terminal obeys.
+
+    Args:
+        value: From a file or an option.
+
+    Returns:
+        Its repr, escaped, at most 60 characters; of lists and objects the first items.
+    """
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN_LENGTH:
+        return f"an integer of more than {_SHOWN_LENGTH} digits"  # repr refuses thousands
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = _SHOWN_LENGTH
+    text = short.repr(value)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
 
 
 def to_dataclass(kind: type[_T], value: Any, where: str) -> _T:

@@ -107,7 +107,7 @@ def test_text_is_prompt_and_continuation(run, tiny: Path):
     assert out.endswith("\n")
     lines = err.splitlines()
     assert re.fullmatch(
-        r"weights .* KiB, cache .* KiB .float32, batch 1, max_seq_len 32.", lines[0]
+        r"weights .* KiB, cache .* KiB, RoPE .* .float32, batch 1, max_seq_len 32.", lines[0]
     )
     assert re.match(
         r"\[torch-eager/cpu\] load .* s \| .* TTFT .* s \| .* decode .* tok/s", lines[1]
@@ -303,8 +303,8 @@ def test_init_writes_what_was_asked(run, tmp_path: Path, monkeypatch):
         (("--backend", "fast"), "invalid choice: 'fast'"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         (("--colour",), "unrecognized arguments: --colour"),
-        (("--max-seq-len", str(10**12)), r"cache .* GiB do not fit in .* free memory; lower --max"),
-        (("--batch-size", str(10**9)), r"cache .* GiB do not fit in .* free memory; lower --max"),
+        (("--max-seq-len", str(10**12)), r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max"),
+        (("--batch-size", str(10**9)), r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max"),
     ],
 )
 def test_bad_options(refused, tiny: Path, words: tuple[str, ...], message: str):

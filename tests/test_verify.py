@@ -216,9 +216,9 @@ def test_checkpoints_of_other_sizes_are_refused(float32: Manifest, tmp_path: Pat
     save_model(tmp_path / "other", vocab_size=VOCAB_SIZE)
     path = tmp_path / "other" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    path.write_text(json.dumps({**config, "max_position_embeddings": 48}))
     words = ("verify", float32.folder, "--against")
-    refused("max_position_embeddings is 64, the bundle has 128 RoPE rows", *words, path.parent)
+    refused("max_position_embeddings is 48, the bundle has 128 RoPE rows", *words, path.parent)
     refused("hidden_size is 128, the bundle's 32; name the checkpoint", *words, DEMO_FOLDER)
     refused("no such file or folder", *words, tmp_path / "none")
 
