@@ -303,8 +303,14 @@ def test_init_writes_what_was_asked(run, tmp_path: Path, monkeypatch):
         (("--backend", "fast"), "invalid choice: 'fast'"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         (("--colour",), "unrecognized arguments: --colour"),
-        (("--max-seq-len", str(10**12)), r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max"),
-        (("--batch-size", str(10**9)), r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max"),
+        (
+            ("--max-seq-len", str(10**12)),
+            r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max",
+        ),
+        (
+            ("--batch-size", str(10**9)),
+            r"cache .* GiB, RoPE .* do not fit in .* free memory; lower --max",
+        ),
     ],
 )
 def test_bad_options(refused, tiny: Path, words: tuple[str, ...], message: str):
