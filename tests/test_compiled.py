@@ -16,21 +16,10 @@ from llamac.model import TorchBackend
 from llamac.model.compiled.torch_backend import compiler_problem
 from llamac.runtime.backend import BackendUnavailableError
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.scheduler import Request, Scheduler, generate
+from llamac.runtime.scheduler import Request, generate
 from variants import our_model
 
 ROWS, CHUNK = 30, 8  # S is no multiple of P
-
-
-@pytest.fixture(scope="module")
-def backends() -> tuple[TorchBackend, TorchBackend]:
-    """Compiled and eager, 4 slots each."""
-    model = our_model("llama-3.1", num_positions=1024)
-    compiled, eager = (
-        TorchBackend(model, batch_size=4, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=compile)
-        for compile in (True, False)
-    )
-    return compiled, eager
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +27,6 @@ def single() -> TorchBackend:
     """Compiled, one slot: the matrix-vector form of Linear."""
     model = our_model("biases", num_positions=1024)
     return TorchBackend(model, max_seq_len=ROWS, prefill_lens=(CHUNK,))
-
-
-def test_compiled_logits_equal_eager(backends: tuple[TorchBackend, TorchBackend]):
-    compiled, eager = backends
-    for start in (0, 8, 16, ROWS - CHUNK):
-        ids = list(range(start, start + CHUNK))
-        np.testing.assert_allclose(
-            compiled.prefill(2, ids, start), eager.prefill(2, ids, start), rtol=1e-4, atol=1e-5
-        )
-    ids, positions = np.array([1, 2, 3, 4]), np.array([0, 5, ROWS - 1, ROWS + 7])
-    np.testing.assert_allclose(
-        compiled.decode(ids, positions), eager.decode(ids, positions), rtol=1e-4, atol=1e-5
-    )
 
 
 def test_single_row_logits_equal_eager(single: TorchBackend):
@@ -112,52 +88,6 @@ def test_a_reallocated_cache_is_an_error():
     )
     with pytest.raises(RuntimeError, match="reallocated"):
         backend.decode(np.array([1]), np.array([0]))
-
-
-@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(seed=7)])
-def test_four_prompts_in_one_batch_give_the_ids_they_give_alone(
-    backends: tuple[TorchBackend, TorchBackend], sampling: SamplingParams
-):
-    requests = [
-        Request(prompt_ids=prompt(length, seed=length), max_new_tokens=12, sampling=sampling)
-        for length in (1, 5, 9, 17)
-    ]
-    for backend in backends:
-        alone = [generate(backend, None, [request])[0].ids for request in requests]
-        together = [done.ids for done in generate(backend, None, requests)]
-        assert together == alone
-
-
-def test_a_decode_between_two_prefill_chunks_changes_neither(
-    backends: tuple[TorchBackend, TorchBackend],
-):
-    first = Request(prompt_ids=prompt(4, seed=1), max_new_tokens=20)
-    second = Request(prompt_ids=prompt(20, seed=2), max_new_tokens=8)
-    for backend in backends:
-        alone = [generate(backend, None, [request])[0].ids for request in (first, second)]
-        scheduler = Scheduler(backend, None)
-        scheduler.submit(first)
-        scheduler.step()
-        scheduler.submit(second)  # its three chunks alternate with decodes of the first
-        done = {}
-        while not scheduler.idle:
-            for event in scheduler.step():
-                if event.completion is not None:
-                    done[event.request_id] = event.completion.ids
-        assert [done[0], done[1]] == alone
-
-
-def test_rolled_compiled_equals_eager_for_three_windows(
-    backends: tuple[TorchBackend, TorchBackend],
-):
-    request = Request(
-        prompt_ids=prompt(10), max_new_tokens=3 * ROWS, sampling=SamplingParams(temperature=0.0)
-    )
-    compiled, eager = (
-        generate(backend, None, [request], limit_policy="roll")[0].ids for backend in backends
-    )
-    assert compiled == eager
-    assert len(eager) == 3 * ROWS
 
 
 _START = """

@@ -1,0 +1,295 @@
+"""What every backend promises, asked of each; the expected logits are one eager forward's.
+
+The tests share a backend and leave garbage in its cache on purpose: no result may depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from references import (
+    VOCAB_SIZE,
+    assert_close,
+    decode_slot,
+    one_forward,
+    prefill_chunks,
+    random_ids,
+)
+
+from llamac.export import export_bundle
+from llamac.model import TorchBackend
+from llamac.model.checkpoint import open_checkpoint
+from llamac.runtime.backend import Backend
+from llamac.runtime.ort.ort_backend import OrtBackend
+from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import Request, Scheduler, generate
+from variants import our_model, reference_model
+
+VARIANT = "llama-3.1"
+B, P, S = 4, 8, 28  # S is no multiple of P
+NUM_POSITIONS = 128
+
+
+def torch_backend(folder: Path, *, compile: bool) -> TorchBackend:
+    model = our_model(VARIANT, num_positions=NUM_POSITIONS)
+    return TorchBackend(model, batch_size=B, max_seq_len=S, prefill_lens=(P,), compile=compile)
+
+
+def ort_backend(folder: Path, *, target: str) -> OrtBackend:
+    reference_model(VARIANT).save_pretrained(folder / "checkpoint")
+    bundle = export_bundle(
+        open_checkpoint(folder / "checkpoint"),
+        folder / "bundle",
+        targets=(target,),
+        batch_size=B,
+        prefill_len=P,
+        max_seq_len=S,
+    )
+    return OrtBackend(bundle, target=target, threads=1)
+
+
+BACKENDS: dict[str, Callable[[Path], Backend]] = {
+    "eager": partial(torch_backend, compile=False),
+    "compiled": partial(torch_backend, compile=True),
+    "ort fused": partial(ort_backend, target="cpu"),  # GroupQueryAttention
+    "ort standard": partial(ort_backend, target="tensorrt"),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "eager",
+        pytest.param("compiled", marks=pytest.mark.slow),
+        "ort fused",
+        "ort standard",
+    ],
+)
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    return BACKENDS[request.param](tmp_path_factory.mktemp("backend"))
+
+
+@pytest.fixture(scope="module")
+def eager() -> TorchBackend:
+    return torch_backend(Path(), compile=False)
+
+
+@cache
+def sequence(length: int, seed: int, window: int | None = None) -> tuple[list[int], NDArray]:
+    """Random ids and the [T, V] logits they should have."""
+    ids = random_ids(length, seed)
+    model = our_model(VARIANT, num_positions=NUM_POSITIONS)
+    return ids, one_forward(model, ids, window=window)
+
+
+def step(backend: Backend, ids: list[int], positions: list[int]) -> NDArray[np.float32]:
+    return backend.decode(np.array(ids), np.array(positions)).copy()
+
+
+# Equal to one forward
+
+
+def test_the_sizes_are_those_it_was_made_with(backend: Backend):
+    shape = backend.shape
+    assert (shape.batch_size, shape.prefill_lens, shape.max_seq_len) == (B, (P,), S)
+    assert (shape.num_positions, shape.vocab_size) == (NUM_POSITIONS, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("num_prefilled", [0, 1, P - 1, P, P + 1, 2 * P + 3, S - 1, S])
+def test_chunks_and_steps_equal_one_forward_at_every_position(backend: Backend, num_prefilled: int):
+    # The last chunk of 2P + 3, S - 1 and S ids is moved back to S - P.
+    ids, expected = sequence(S, seed=0)
+    slot = num_prefilled % B
+    if num_prefilled:
+        logits = prefill_chunks(backend, slot, ids[:num_prefilled])
+        assert logits.dtype == np.float32
+        assert_close(logits, expected[num_prefilled - 1])
+    for position in range(num_prefilled, S):
+        assert_close(decode_slot(backend, slot, ids[position], position), expected[position])
+
+
+def test_every_chunk_length_at_both_ends_of_the_cache(backend: Backend):
+    ids, expected = sequence(S, seed=0)
+    for length in range(1, P + 1):
+        assert_close(backend.prefill(1, ids[:length], 0), expected[length - 1])
+    prefill_chunks(backend, 1, ids)
+    start = S - P
+    for length in range(1, P + 1):  # padding up to the last row
+        logits = backend.prefill(1, ids[start : start + length], start)
+        assert_close(logits, expected[start + length - 1])
+
+
+def test_ragged_rows_equal_each_sequence_alone(backend: Backend):
+    lengths = (1, S - 5, P, 0)  # tokens of each slot before the first common step
+    sequences = [sequence(length + 5, seed=length) for length in lengths]
+    for slot, length in enumerate(lengths):
+        if length:
+            prefill_chunks(backend, slot, sequences[slot][0][:length])
+    for number in range(5):
+        positions = [length + number for length in lengths]
+        ids = [ids[p] for (ids, _), p in zip(sequences, positions, strict=True)]
+        found = step(backend, ids, positions)
+        assert (found.shape, found.dtype) == ((B, VOCAB_SIZE), np.float32)
+        for row, (_, expected) in enumerate(sequences):
+            assert_close(found[row], expected[positions[row]])
+
+
+def test_roll_equals_the_banded_forward_to_the_last_position(backend: Backend):
+    ids, expected = sequence(NUM_POSITIONS, seed=2, window=S)
+    other, other_expected = sequence(S, seed=3)  # a neighbour that doesn't roll
+    assert_close(prefill_chunks(backend, 2, ids[:S]), expected[S - 1])
+    for position in range(S, NUM_POSITIONS):  # the window moves on by more than three of itself
+        row = position % S
+        found = step(backend, [other[row], 0, ids[position], 0], [row, 0, position, 0])
+        # Rounding adds up: a row of the window holds what was computed from windows before it.
+        np.testing.assert_allclose(found[2], expected[position], rtol=1e-4, atol=1e-4)
+        assert_close(found[0], other_expected[row])
+
+
+def test_a_slot_that_rolled_to_a_position_rolls_there_again_after_a_new_prompt(backend: Backend):
+    for seed in (7, 8):
+        ids, expected = sequence(S + 1, seed, window=S)
+        prefill_chunks(backend, 0, ids[:S])
+        assert_close(decode_slot(backend, 0, ids[S], S), expected[S])
+
+
+# Slots are independent, calls leave nothing behind
+
+
+def test_padding_garbage_and_neighbours_never_leak(backend: Backend):
+    """To the bit: what else lies in the cache takes no part in any sum."""
+    ids = random_ids(4, seed=4)
+
+    def logits(garbage: int) -> list[NDArray[np.float32]]:
+        for slot in range(B):
+            prefill_chunks(backend, slot, random_ids(S, seed=garbage + slot))
+        chunk = backend.prefill(1, ids[:3], 0)
+        return [chunk, decode_slot(backend, 1, ids[3], 3).copy()]
+
+    for one, other in zip(logits(10), logits(20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_decode_between_two_chunks_of_a_neighbour_changes_neither(
+    backend: Backend, decode_first: bool
+):
+    long, long_expected = sequence(2 * P, seed=5)
+    short, short_expected = sequence(4, seed=6)
+    backend.prefill(0, short[:3], 0)
+    backend.prefill(1, long[:P], 0)
+    if decode_first:  # the idle slot is fed an id at the row its own next chunk begins
+        assert_close(step(backend, [short[3], 0, 0, 0], [3, P, 0, 0])[0], short_expected[3])
+    assert_close(backend.prefill(1, long[P:], P), long_expected[-1])
+    if not decode_first:
+        assert_close(step(backend, [short[3], 0, 0, 0], [3, 2 * P, 0, 0])[0], short_expected[3])
+
+
+@pytest.mark.parametrize("position", [1, P, S - 1, S, S + 1, 2 * S])
+def test_an_idle_row_leaves_nothing(backend: Backend, position: int):
+    """It is fed any id at the position of its next token, which comes later."""
+    ids, expected = sequence(2 * S + 1, seed=9, window=S)
+    prefill_chunks(backend, 3, ids[: min(position, S)])
+    for rolled in range(S, position):
+        decode_slot(backend, 3, ids[rolled], rolled)
+    for idle in (50, 60):
+        step(backend, [1, 2, 3, idle], [0, 0, 0, position])
+    np.testing.assert_allclose(
+        decode_slot(backend, 3, ids[position], position), expected[position], 1e-4, 1e-4
+    )
+
+
+def test_a_chunks_logits_are_the_callers(backend: Backend):
+    logits = backend.prefill(0, [1, 2], 0)
+    kept = logits.copy()
+    backend.prefill(1, [3], 0)
+    decode_slot(backend, 0, 4, 2)
+    np.testing.assert_array_equal(logits, kept)
+
+
+# Behind the scheduler
+
+
+def tokens(backend: Backend, requests: list[Request], policy: str) -> list[tuple[int, ...]]:
+    return [done.ids for done in generate(backend, None, requests, limit_policy=policy)]
+
+
+@pytest.mark.parametrize("policy", ["stop", "roll"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_requests_in_a_batch_give_the_ids_they_give_alone(
+    backend: Backend, temperature: float, policy: str
+):
+    requests = [
+        Request(
+            prompt_ids=tuple(random_ids(length, seed=length)),
+            max_new_tokens=2 * S,
+            sampling=SamplingParams(temperature=temperature, seed=length),
+        )
+        for length in (3, S, 1, P, 2, 17)  # more than slots
+    ]
+    alone = [tokens(backend, [request], policy)[0] for request in requests]
+    assert tokens(backend, requests, policy) == alone
+    for request, ids in zip(requests, alone, strict=True):
+        assert len(ids) == (2 * S if policy == "roll" else S + 1 - len(request.prompt_ids))
+
+
+def test_a_request_that_comes_later_changes_none(backend: Backend):
+    first = Request(prompt_ids=tuple(random_ids(4, seed=1)), max_new_tokens=20)
+    second = Request(prompt_ids=tuple(random_ids(20, seed=2)), max_new_tokens=8)
+    alone = [tokens(backend, [request], "stop")[0] for request in (first, second)]
+    scheduler = Scheduler(backend, None)
+    scheduler.submit(first)
+    scheduler.step()
+    scheduler.submit(second)  # its three chunks alternate with decodes of the first
+    done = {}
+    while not scheduler.idle:
+        for event in scheduler.step():
+            if event.completion is not None:
+                done[event.request_id] = event.completion.ids
+    assert [done[0], done[1]] == alone
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_requests_gives_the_tokens_of_eager(
+    backend: Backend, eager: TorchBackend, data: st.DataObject
+):
+    requests = [
+        Request(
+            prompt_ids=tuple(random_ids(data.draw(st.integers(1, S)), seed=index)),
+            max_new_tokens=data.draw(st.integers(1, S + 9)),
+            sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=index),
+        )
+        for index in range(data.draw(st.integers(1, 6)))
+    ]
+    policy = data.draw(st.sampled_from(["stop", "roll"]))
+    assert tokens(backend, requests, policy) == tokens(eager, requests, policy)
+
+
+# What is refused, before anything is written
+
+
+@pytest.mark.parametrize(
+    ("slot", "ids", "start", "message"),
+    [
+        (B, [1], 0, "slot is 4; allowed are 0 to 3"),
+        (-1, [1], 0, "slot is -1; allowed"),
+        (0, [], 0, "chunk has 0 ids; allowed are 1 to 8"),
+        (0, [1] * (P + 1), 0, "chunk has 9 ids; allowed are 1 to 8"),
+        (0, [1], S - P + 1, "chunk starts at 21; .* it may start at 0 to 20"),
+        (0, [1], -1, "chunk starts at -1; .* 0 to 20"),
+    ],
+)
+def test_bad_chunks_are_refused(backend: Backend, slot: int, ids, start: int, message: str):
+    prompt, expected = sequence(2, seed=11)
+    backend.prefill(0, prompt[:1], 0)
+    with pytest.raises(ValueError, match=message):
+        backend.prefill(slot, ids, start)
+    assert_close(decode_slot(backend, 0, prompt[1], 1), expected[1])
