@@ -9,7 +9,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-__all__ = ["read_json", "shown", "to_dataclass"]
+from .side_file import read_side_file
+
+__all__ = ["check_bool", "check_int", "check_number", "read_json", "shown", "to_dataclass"]
 
 _T = TypeVar("_T")
 
@@ -28,16 +30,20 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file, and it is not optional.
-        ValueError: The file does not hold one JSON object.
+        ValueError: The file can't be read, is too large, or does not hold one JSON object.
     """
-    if not path.is_file():
+    try:
+        raw = read_side_file(path)
+    except FileNotFoundError:
         if optional:
             return {}
-        raise FileNotFoundError(f"{path}: no such file")
+        raise
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = json.loads(raw)  # a byte order mark is skipped
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    except ValueError:  # the only other one: an integer past Python's limit
+        raise ValueError(f"{path}: holds a number of thousands of digits") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; it must be a JSON object")
     return value
@@ -58,6 +64,66 @@ def shown(value: object) -> str:
     short.maxstring = short.maxother = _SHOWN_LENGTH
     text = short.repr(value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
+def check_int(name: str, value: object, *, most: int, least: int = 1) -> int:
+    """Returns the value if it is an integer (true and 2.0 are not) within the bounds.
+
+    Args:
+        name: Begins the message.
+        value: From a file.
+        most: Largest allowed.
+        least: Smallest allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
+    return value
+
+
+def check_number(name: str, value: object, *, most: float, above: float = 0.0) -> float:
+    """Returns the value if it is a number (true and NaN are not) within the bounds.
+
+    Args:
+        name: Begins the message.
+        value: From a file.
+        most: Largest allowed.
+        above: What it must exceed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if type(value) not in (int, float) or not above < value <= most:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be a number above {above:g}, at most {most:g}"
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Returns the value if it is true or false, which "false", 0 and {} are not.
+
+    Args:
+        name: Begins the message.
+        value: From a file.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if type(value) is not bool:
+        raise ValueError(f"{name} is {shown(value)}; it must be true or false")
+    return value
 
 
 def to_dataclass(kind: type[_T], value: Any, where: str) -> _T:
@@ -105,4 +171,4 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         type(value) is kind and not (kind is int and value < 0)
     ):
         return value
-    raise ValueError(f"{where}: damaged, holds {value!r:.60}")
+    raise ValueError(f"{where}: damaged, holds {shown(value)}")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..side_file import read_side_file
 from ..typed_json import read_json
 from .json_format import load_json
 from .rank_format import LLAMA3_BOS, LLAMA3_STOPS, load_ranks
@@ -121,7 +122,7 @@ def _compare_sizes(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _load_model(path: Path, texts: dict[str, str | None]) -> tuple[Tokenizer, dict[str, int]]:
-    data = path.read_bytes()
+    data = read_side_file(path)
     if re.match(rb"[A-Za-z0-9+/=]+ +\d+\s", data):
         return load_ranks(path, data)
     return load_sentencepiece(path, data, texts)
