@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +56,7 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_no_step_copies_the_cache():
     model = our_model("llama-2-gqa", num_positions=4096)
     backend = TorchBackend(model, max_seq_len=4096, prefill_lens=(CHUNK,))
@@ -88,77 +86,6 @@ def test_a_reallocated_cache_is_an_error():
     )
     with pytest.raises(RuntimeError, match="reallocated"):
         backend.decode(np.array([1]), np.array([0]))
-
-
-_START = """
-import json, torch
-from torch._dynamo.utils import counters
-from llamac.model import *
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-model = Llama(config, num_positions=64).requires_grad_(False)
-for weight in model.parameters():
-    torch.nn.init.normal_(weight)
-backend = TorchBackend(model, max_seq_len=32, prefill_lens=(8,))
-logits = backend.prefill(0, [1, 2, 3], 0).tolist()
-traced = counters["stats"]["unique_graphs"]
-print(json.dumps([backend.startup.cache_hit, traced, logits]))
-"""
-
-
-def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
-    def start() -> tuple[bool, int, list[float]]:
-        done = subprocess.run(
-            [sys.executable, "-c", _START],
-            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
-
-    hit, _, logits = start()
-    assert not hit
-    assert start() == [True, 0, logits]
-    steps = sorted((tmp_path / ".cache/llamac/inductor").glob("*.step"))
-    assert [step.name.split("-")[0] for step in steps] == ["decode", "prefill_8"]
-    assert steps[0].parent.stat().st_mode & 0o777 == 0o700
-    assert all(step.stat().st_mode & 0o077 == 0 for step in steps)
-
-    steps[1].write_bytes(steps[1].read_bytes()[:1000])
-    hit, _, again = start()  # compiles it again
-    assert (hit, again) == (False, logits)
-
-    for kernel in steps[0].parent.glob("*/*.so"):
-        kernel.unlink()
-    hit, _, again = start()
-    assert (hit, again) == (False, logits)
-    assert start() == [True, 0, logits]
-
-
-def test_a_saved_step_is_told_apart_by_what_its_code_depends_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
-    model = our_model("llama-2-gqa")
-
-    def paths(**options: object) -> list[Path]:
-        sizes = {"max_seq_len": 16, "prefill_lens": (4,)} | options
-        monkeypatch.setattr(TorchBackend, "_start", lambda *_: None)
-        backend = TorchBackend(model, **sizes)  # type: ignore[arg-type]
-        return [step._path() for step in (*backend._prefill.values(), backend._decode)]
-
-    base = paths()
-    assert base == paths()
-    for other in (
-        paths(max_seq_len=32),
-        paths(prefill_lens=(8,)),
-        paths(batch_size=2),
-        paths(all_logits=True),
-        paths(unroll_layers=True),
-    ):
-        assert not set(base) & set(other)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert not set(base) & set(paths())
 
 
 def test_without_a_compiler_one_line_names_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
