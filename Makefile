@@ -5,9 +5,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := torch,export,cpu,dev
+# Whole files to a worker, those with slow tests first.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STORY := --prompt "Once upon a time"
 
-.PHONY: demo test check bench clean
+.PHONY: demo test quick check bench clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,7 +28,11 @@ demo: .venv/.installed
 	@echo "the bundle tells the compiled model's story"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# Without what takes over ten seconds: nothing is compiled, no process is killed.
+quick: .venv/.installed
+	$(PYTEST) -m "not slow"
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

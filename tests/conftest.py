@@ -15,6 +15,12 @@ from llamac.runtime.cli import main
 SHARED_CHECKPOINT = Path(__file__).parents[2] / "shared" / "checkpoints" / "stories260K"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the longest, begun last, would be waited for alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """The folder of a published checkpoint with reference texts, where it is at hand."""

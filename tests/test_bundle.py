@@ -518,6 +518,7 @@ print(json.dumps({"states": states, "last": last}))
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_ten_moments_leaves_nothing_that_looks_finished(checkpoint: Path, tmp_path: Path):
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     before = {path.name: hash_file(path) for path in (tmp_path / "checkpoint").iterdir()}

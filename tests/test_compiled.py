@@ -26,6 +26,7 @@ def single() -> TorchBackend:
     return TorchBackend(model, max_seq_len=ROWS, prefill_lens=(CHUNK,))
 
 
+@pytest.mark.slow
 def test_single_row_logits_equal_eager(single: TorchBackend):
     model = our_model("biases", num_positions=1024)
     eager = TorchBackend(model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=False)
@@ -42,6 +43,7 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(int(word) % 101 for word in np.random.Philox(seed).random_raw(length))
 
 
+@pytest.mark.slow
 def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
     before = dict(counters["stats"])
     for length in (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, ROWS - 1, ROWS):
@@ -71,6 +73,7 @@ def test_no_step_copies_the_cache():
         assert 0 < max(allocated) < backend.cache.k[0].nbytes
 
 
+@pytest.mark.slow
 def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
     for sizes in (((1, 2), (1,), (1,), (1, 1)), ((1, 1), (1,), (1,), (1, 2))):
         inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
@@ -78,6 +81,7 @@ def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
             single._bound_decode._run(*inputs)
 
 
+@pytest.mark.slow
 def test_a_reallocated_cache_is_an_error():
     model = our_model("llama-2-gqa")
     backend = TorchBackend(model, max_seq_len=16, prefill_lens=(4,))

@@ -109,6 +109,7 @@ def test_the_default_demo_is_accepted(language_model: LanguageModel) -> None:
     assert explain(prompt + completion.text) is None
 
 
+@pytest.mark.slow
 def test_sampled_stories_are_accepted(language_model: LanguageModel) -> None:
     told = [language_model.generate("", temperature=0.8, seed=seed)[0] for seed in range(10)]
     assert [completion.finish_reason for completion in told] == ["stop"] * 10

@@ -59,6 +59,7 @@ def assert_built(manifest: Manifest) -> None:
         assert result.build_s > 0
 
 
+@pytest.mark.slow
 @needs_tensorrt
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_the_demo_model(dtype: str | None, tmp_path: Path):

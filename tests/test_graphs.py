@@ -76,6 +76,7 @@ def float16_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manif
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["smollm", "llama-3.1"])
 @pytest.mark.parametrize("target", ["tensorrt", "cuda"])
 def test_float16_graphs_are_as_near_to_float32_as_eager_float16(

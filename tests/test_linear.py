@@ -38,6 +38,7 @@ def test_eager(num_rows: int, dtype: torch.dtype, bias: bool):
     assert_close_to_exact(linear(x), x, linear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 # The longer row is summed in two parts; 7 outputs can't be read as four streams.
 @pytest.mark.parametrize(("width", "num_out"), [(48, 7), (5632, 20)])

@@ -49,6 +49,7 @@ def rows_of(text: str, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(f"| {name} ")]
 
 
+@pytest.mark.slow
 def test_a_wrong_backend_fails_before_it_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_wrong_backend_fails_before_it_is_timed(
     assert "ort-cpu: FAIL: wrong logits" in output.err
 
 
+@pytest.mark.slow
 def test_sweep_and_cold_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model")
     words = ["bench", "--model", str(model), *SIZES, "--backend", "ort-cpu"]

@@ -129,6 +129,7 @@ def test_the_window_rolls_or_stops(run, bundle: Path):
     assert rolled["ids"][:30] == stopped["ids"]
 
 
+@pytest.mark.slow
 def test_export_prints_what_inspect_prints(run, exported: Manifest, tmp_path: Path):
     checkpoint, out = exported.folder.parent / "tiny", tmp_path / "new" / "bundle"
     words = ("export", checkpoint, out, "--target", "cpu", "--target", "tensorrt")

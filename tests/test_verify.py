@@ -112,6 +112,7 @@ def failing(result: Verification) -> list[str]:
 # What passes
 
 
+@pytest.mark.slow
 def test_every_target_is_compared_on_every_group(float32: Manifest, run):
     code, out, err = run("verify", float32.folder, "--provider", "cpu")
     assert code == 0
@@ -165,6 +166,7 @@ def test_perplexity_of_a_text_is_transformers_own(float32: Manifest, tmp_path: P
     assert group["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_float16_graphs_have_float16_tolerance(tmp_path: Path):
     save_model(tmp_path / "checkpoint", torch.float16)
     checkpoint = open_checkpoint(tmp_path / "checkpoint")
