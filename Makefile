@@ -9,7 +9,7 @@ EXTRAS := torch,export,cpu,dev
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STORY := --prompt "Once upon a time"
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo test quick check bench tensorrt-options clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,14 @@ bench: .venv/.installed
 	$(BIN)/llamac bench --model small
 	$(BIN)/llamac bench --model small --backend compile --backend ort-cpu \
 		--sweep 512 2048 --cold-start
+
+# onnxruntime-gpu's own parser reads the options that the runtime sets; before every release. The
+# wheel can't be beside onnxruntime in one environment.
+tensorrt-options: .venv/.installed build/ort-gpu
+	$(BIN)/python -m pytest -m tensorrt_options
+
+build/ort-gpu:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ onnxruntime-gpu==1.31.1
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -84,8 +84,23 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str]):
         here = finding["found"] if finding["ready"] else finding["problem"]
         assert re.search(rf"\n{name} +{state} +{re.escape(finding['needs'])} +", out)
         assert f" {here}\n" in out
-    assert f"cache       {result['cache_folder']}\n" in out
+    assert f"cache       {result['cache_folder']}: " in out
     assert re.search(r"\nmemory +[0-9.]+ [GM]iB free of [0-9.]+ GiB\n", out)
+
+
+def test_the_sizes_of_the_caches(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What grew in the cache used to be seen by nobody."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert diagnose(capsys)["cache_bytes"] == {}
+    assert main(["doctor"]) == 0
+    assert f"cache       {tmp_path / 'llamac'}: empty\n" in capsys.readouterr().out
+    (cache_folder("tensorrt") / "engine").write_bytes(bytes(3 << 20))
+    (cache_folder("inductor") / "code").write_bytes(bytes(5))
+    assert diagnose(capsys)["cache_bytes"] == {"inductor": 5, "tensorrt": 3 << 20}
+    assert main(["doctor"]) == 0
+    assert f"{tmp_path / 'llamac'}: inductor 5 B, tensorrt 3.0 MiB\n" in capsys.readouterr().out
 
 
 def test_the_cache_folder_is_named_and_not_made(

@@ -337,7 +337,11 @@ def test_bad_steps_are_refused(backend: OrtBackend, ids, positions, message: str
 
 def test_bad_options_are_refused(bundle: Manifest):
     for options, message in (
-        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"threads": 0}, "threads is 0; it must be from 1 to 1024"),
+        # Used to end in a traceback of onnxruntime's bindings.
+        ({"threads": 2**31}, "threads is 2147483648; it must be from 1 to 1024"),
+        ({"device_id": 1}, "device_id is 1; there is only 0"),
+        ({"device_id": "0"}, "device_id is '0'; there is only 0"),
         ({"provider": "tpu"}, "provider is 'tpu'; it must be one of cpu, cuda, tensorrt"),
         ({"target": "tpu"}, "no decode graph for target 'tpu'; it was exported for cpu, tensorrt"),
         ({"target": "cuda"}, "no decode graph for target 'cuda'; .* again with --target cuda"),

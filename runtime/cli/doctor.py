@@ -15,10 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..cache_folder import cache_root
+from ..cache_folder import cache_root, cache_sizes
 from ..memory import available_bytes, format_bytes
 from ..ort.gpu_libraries import Gpu, find_gpu
-from ..ort.providers import TENSORRT_PACKAGES, installed_versions, provider_problem
+from ..ort.providers import (
+    ORT_PACKAGES,
+    TENSORRT_PACKAGES,
+    installed_versions,
+    provider_problem,
+)
 from .text_table import format_table
 
 __all__ = [
@@ -31,7 +36,6 @@ __all__ = [
     "without_torch",
 ]
 
-_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _EXPORT_MODULES = ("torch", "onnx", "onnxscript")
 _CHECK_MODULES = ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings")
 _CHECK_PACKAGES = ("onnxruntime-ep-nv-tensorrt-rtx", "tensorrt-rtx-cu13-bindings")
@@ -78,6 +82,7 @@ class Diagnosis:
         total_bytes: Memory of the machine.
         gpu: The first one, or None.
         cache_folder: Where compiled code and engines are kept.
+        cache_bytes: How much each cache holds.
         findings: One a backend.
     """
 
@@ -89,6 +94,7 @@ class Diagnosis:
     total_bytes: int
     gpu: Gpu | None
     cache_folder: Path
+    cache_bytes: dict[str, int]
     findings: tuple[Finding, ...]
 
 
@@ -112,7 +118,7 @@ def examine(torch_findings: Sequence[Finding]) -> Diagnosis:
             name=f"ort-{provider}",
             needs=needs,
             found=installed_versions(
-                (*_ORT_PACKAGES, *(TENSORRT_PACKAGES if provider == "tensorrt" else ()))
+                (*ORT_PACKAGES, *(TENSORRT_PACKAGES if provider == "tensorrt" else ()))
             ),
             problem=provider_problem(provider),
         )
@@ -133,6 +139,7 @@ def examine(torch_findings: Sequence[Finding]) -> Diagnosis:
         total_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpu=find_gpu(),
         cache_folder=cache_root(),
+        cache_bytes=cache_sizes(),
         findings=(*torch_findings, export, *providers, check),
     )
 
@@ -205,10 +212,14 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
             if gpu
             else "none",
         ),
-        ("cache", str(diagnosis.cache_folder)),
+        ("cache", f"{diagnosis.cache_folder}: {_format_sizes(diagnosis.cache_bytes)}"),
     ]
     backends = [("backend", "", "needs", "here"), *map(_row, diagnosis.findings)]
     return f"{format_table(machine)}\n\n{format_table(backends)}"
+
+
+def _format_sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items()) or "empty"
 
 
 def _row(finding: Finding) -> tuple[str, str, str, str]:

@@ -23,8 +23,7 @@ class BoundGraph:
         session: The graph's onnxruntime.InferenceSession.
         graph: Its sizes.
         vocab_size: V.
-        cache: Bound as past and present.
-        on_gpu: Where the cache lies, and ids and logits too.
+        cache: Bound as past and present; ids and logits lie where it does.
     """
 
     def __init__(
@@ -34,12 +33,12 @@ class BoundGraph:
         *,
         vocab_size: int,
         cache: CacheBuffers,
-        on_gpu: bool,
     ) -> None:
         self._session = session
-        self._device = "cuda" if on_gpu else "cpu"
+        device_id = cache.device_id
+        self._place = ("cpu", 0) if device_id is None else ("cuda", device_id)
         self._inputs = {
-            name: allocate(shape, "int64", on_gpu=on_gpu)
+            name: allocate(shape, "int64", device_id=device_id)
             for name, shape in (
                 ("input_ids", (graph.batch, graph.tokens)),
                 ("positions", (graph.batch,)),
@@ -48,7 +47,7 @@ class BoundGraph:
             )
         }
         logits_shape = (graph.batch, graph.logits, vocab_size)
-        self._logits = allocate(logits_shape, "float32", on_gpu=on_gpu)
+        self._logits = allocate(logits_shape, "float32", device_id=device_id)
         num_slots = cache.shape[0] // graph.batch
         self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
 
@@ -94,9 +93,9 @@ class BoundGraph:
     def _bind_input(
         self, binding: Any, name: str, dtype: str, shape: tuple[int, ...], pointer: int
     ) -> None:
-        binding.bind_input(name, self._device, 0, ONNX_TYPES[dtype], list(shape), pointer)
+        binding.bind_input(name, *self._place, ONNX_TYPES[dtype], list(shape), pointer)
 
     def _bind_output(
         self, binding: Any, name: str, dtype: str, shape: tuple[int, ...], pointer: int
     ) -> None:
-        binding.bind_output(name, self._device, 0, ONNX_TYPES[dtype], list(shape), pointer)
+        binding.bind_output(name, *self._place, ONNX_TYPES[dtype], list(shape), pointer)

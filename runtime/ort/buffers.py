@@ -44,9 +44,20 @@ class Buffer(Protocol):
         ...
 
 
-def allocate(shape: tuple[int, ...], dtype: str, *, on_gpu: bool) -> Buffer:
-    """Allocates zeros: under a mask, 0 x garbage could be 0 x NaN."""
-    return _GpuBuffer(shape, dtype) if on_gpu else _HostBuffer(shape, dtype)
+def allocate(shape: tuple[int, ...], dtype: str, *, device_id: int | None) -> Buffer:
+    """Allocates zeros: under a mask, 0 x garbage could be 0 x NaN.
+
+    Args:
+        shape: Of the buffer.
+        dtype: Of its elements.
+        device_id: The GPU; None is the host.
+
+    Returns:
+        The buffer.
+    """
+    if device_id is None:
+        return _HostBuffer(shape, dtype)
+    return _GpuBuffer(shape, dtype, device_id)
 
 
 class CacheBuffers:
@@ -56,16 +67,21 @@ class CacheBuffers:
         shape: B, K, S, D.
         num_layers: Number of layers.
         dtype: Of the elements.
-        on_gpu: Where it lies.
+        device_id: The GPU where it lies; None is the host.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int, int], num_layers: int, dtype: str, *, on_gpu: bool
+        self,
+        shape: tuple[int, int, int, int],
+        num_layers: int,
+        dtype: str,
+        *,
+        device_id: int | None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
-        self._on_gpu = on_gpu
-        self._buffers = [allocate(shape, dtype, on_gpu=on_gpu) for _ in range(2 * num_layers)]
+        self.device_id = device_id
+        self._buffers = [allocate(shape, dtype, device_id=device_id) for _ in range(2 * num_layers)]
 
     @property
     def slot_bytes(self) -> int:
@@ -78,7 +94,7 @@ class CacheBuffers:
 
     def copy_row(self, slot: int, source: int, target: int) -> None:
         """Copies one row of a slot over another, in all heads and buffers."""
-        if self._on_gpu:
+        if self.device_id is not None:
             _, num_heads, max_seq_len, head_dim = self.shape
             copy_rows(
                 self.pointers(slot),
@@ -86,6 +102,7 @@ class CacheBuffers:
                 max_seq_len=max_seq_len,
                 row_bytes=head_dim * _item_bytes(self.dtype),
                 rows=(source, target),
+                device_id=self.device_id,
             )
             return
         for buffer in self._buffers:
@@ -110,12 +127,14 @@ class _HostBuffer:
 
 
 class _GpuBuffer:
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, device_id: int) -> None:
         from onnxruntime import OrtValue
 
         self.shape = shape
         element_type = ONNX_TYPES[dtype]
-        self._value = OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, "cuda", 0)
+        self._value = OrtValue.ortvalue_from_shape_and_type(
+            list(shape), element_type, "cuda", device_id
+        )
         self._value.update_inplace(np.zeros(shape, _NUMPY_TYPES[dtype]))
         self.pointer: int = self._value.data_ptr()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..backend import BackendUnavailableError
 
 __all__ = [
     "Gpu",
@@ -18,6 +21,7 @@ __all__ = [
     "free_bytes",
     "load_libraries",
     "needed_libraries",
+    "num_gpus",
 ]
 
 _PT_LOAD, _PT_DYNAMIC = 1, 2
@@ -28,7 +32,7 @@ _DEVICE_TO_DEVICE = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """The first GPU.
+    """A GPU.
 
     Attributes:
         name: As the driver calls it.
@@ -41,14 +45,11 @@ class Gpu:
     driver_cuda: str
 
 
-def find_gpu() -> Gpu | None:
-    """Asks the driver for the first GPU; None where there is no driver or no GPU."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
+def find_gpu(device_id: int = 0) -> Gpu | None:
+    """Asks the driver for a GPU; None where there is no driver or no such GPU."""
+    driver = _driver()
     device, number = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), device_id):
         return None
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), device)
@@ -64,6 +65,12 @@ def find_gpu() -> Gpu | None:
     )
 
 
+def num_gpus() -> int:
+    """How many GPUs the driver shows to this process."""
+    number, driver = ctypes.c_int(), _driver()
+    return 0 if driver is None or driver.cuDeviceGetCount(ctypes.byref(number)) else number.value
+
+
 def driver_problem() -> str | None:
     """What is missing below CUDA, in one line, or None."""
     try:
@@ -72,7 +79,7 @@ def driver_problem() -> str | None:
         return (
             "libcuda.so.1 was not found, the NVIDIA driver; install it, or run on another machine"
         )
-    return None if find_gpu() else "the NVIDIA driver is here but reports no GPU; see nvidia-smi"
+    return None if num_gpus() else "the NVIDIA driver is here but reports no GPU; see nvidia-smi"
 
 
 def needed_libraries(path: Path) -> list[str]:
@@ -128,11 +135,11 @@ def load_libraries(names: Iterable[str]) -> list[str]:
     return missing
 
 
-def free_bytes() -> int:
-    """Free memory of the first GPU, once ONNX Runtime's libraries are loaded."""
+def free_bytes(device_id: int) -> int:
+    """Free memory of a GPU, once ONNX Runtime's libraries are loaded."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    status = _cuda_runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
-    _check(status, "MemGetInfo")
+    with _current_device(device_id) as runtime:
+        _check(runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)), "MemGetInfo")
     return free.value
 
 
@@ -143,6 +150,7 @@ def copy_rows(
     max_seq_len: int,
     row_bytes: int,
     rows: tuple[int, int],
+    device_id: int,
 ) -> None:
     """Copies one row over another in slots [K, S, D] that lie on the GPU, and waits.
 
@@ -152,38 +160,58 @@ def copy_rows(
         max_seq_len: S.
         row_bytes: D elements.
         rows: The row read and the row written.
+        device_id: The GPU.
     """
-    runtime = _cuda_runtime()
     pitch = ctypes.c_size_t(max_seq_len * row_bytes)
     source, target = (row * row_bytes for row in rows)
-    for pointer in pointers:
-        status = runtime.cudaMemcpy2D(
-            ctypes.c_void_p(pointer + target),
-            pitch,
-            ctypes.c_void_p(pointer + source),
-            pitch,
-            ctypes.c_size_t(row_bytes),
-            ctypes.c_size_t(num_heads),
-            _DEVICE_TO_DEVICE,
-        )
-        _check(status, "Memcpy2D")
-    # ONNX Runtime's stream does not wait for this one.
-    _check(runtime.cudaDeviceSynchronize(), "DeviceSynchronize")
+    with _current_device(device_id) as runtime:
+        for pointer in pointers:
+            status = runtime.cudaMemcpy2D(
+                ctypes.c_void_p(pointer + target),
+                pitch,
+                ctypes.c_void_p(pointer + source),
+                pitch,
+                ctypes.c_size_t(row_bytes),
+                ctypes.c_size_t(num_heads),
+                _DEVICE_TO_DEVICE,
+            )
+            _check(status, "Memcpy2D")
+        # ONNX Runtime's stream does not wait for this one.
+        _check(runtime.cudaDeviceSynchronize(), "DeviceSynchronize")
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return None if driver.cuInit(0) else driver
+
+
+@contextlib.contextmanager
+def _current_device(device_id: int) -> Iterator[ctypes.CDLL]:
+    """The CUDA runtime that ONNX Runtime has loaded, on a GPU; the thread's own comes back."""
+    runtime, before = _cuda_runtime(), ctypes.c_int()
+    _check(runtime.cudaGetDevice(ctypes.byref(before)), "GetDevice")
+    _check(runtime.cudaSetDevice(device_id), "SetDevice")
+    try:
+        yield runtime
+    finally:
+        runtime.cudaSetDevice(before)
 
 
 def _cuda_runtime() -> ctypes.CDLL:
-    """The CUDA runtime that ONNX Runtime has loaded."""
     for version in (13, 12):
         try:
             return ctypes.CDLL(f"libcudart.so.{version}")
         except OSError:
             continue
-    raise RuntimeError("libcudart.so is not loaded")
+    raise BackendUnavailableError("libcudart.so is not loaded; see llamac doctor")
 
 
 def _check(status: int, name: str) -> None:
     if status:
-        raise RuntimeError(f"cuda{name} failed with CUDA error {status}")
+        raise BackendUnavailableError(f"cuda{name} failed with CUDA error {status}")
 
 
 def _load(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
 from ..memory import available_bytes, format_bytes
 from .bound_graph import BoundGraph
 from .buffers import CacheBuffers
-from .engine_cache import engine_folder, has_engine, tensorrt_options
-from .gpu_libraries import free_bytes
+from .engine_cache import Engines, kept_engines
+from .gpu_libraries import free_bytes, num_gpus
 from .mapped_weights import map_weights
 from .providers import PROVIDERS, SessionOptions, open_session, provider_problem
 
@@ -31,6 +32,7 @@ _TARGETS = {
     "tensorrt": ("tensorrt",),
 }
 _TENSORRT_ALIGNMENT = 256  # of every address that is bound to an engine
+_MAX_THREADS = 1024  # far past any machine's cores, far below where the system has no more
 
 
 class OrtBackend:
@@ -44,6 +46,7 @@ class OrtBackend:
         provider: "cpu", "cuda" or "tensorrt"; nothing else runs if it can't.
         target: Which graphs; None takes the provider's own.
         threads: Of the CPU provider; None takes one per physical core.
+        device_id: Which GPU; of the CPU provider 0.
         engine_cache: Where TensorRT's engines are kept; None is the user's cache folder.
         prepack: Whether decode on the CPU gets its own copy of the weights in the layout its
             kernels like best: more tokens per second, most of all with a batch, for a slow start
@@ -69,45 +72,59 @@ class OrtBackend:
         provider: str = "cpu",
         target: str | None = None,
         threads: int | None = None,
+        device_id: int = 0,
         engine_cache: Path | None = None,
         prepack: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         begin = time.perf_counter()
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
+        if threads is not None and not 1 <= threads <= _MAX_THREADS:
+            raise ValueError(f"threads is {threads}; it must be from 1 to {_MAX_THREADS}")
         if problem := provider_problem(provider):
             raise BackendUnavailableError(f"--provider {provider}: {problem}")
         manifest = bundle if isinstance(bundle, Manifest) else open_bundle(bundle)
         self.provider = provider
         self.target = check_choice(manifest, provider, target)
-        _check_memory(manifest, provider, self.target, prepack=prepack)
+        on_gpu = provider != "cpu"
+        _check_device(device_id, num_gpus() if on_gpu else 1)
+        _check_memory(
+            manifest, self.target, prepack=prepack, device_id=device_id if on_gpu else None
+        )
         self.shape: StaticShape = manifest.shape
-        model, shape, on_gpu = manifest.model, manifest.shape, provider != "cpu"
+        model, shape = manifest.model, manifest.shape
         decode = manifest.find_graph("decode", self.target)
         self._cache = CacheBuffers(
             (shape.batch_size, model.num_key_value_heads, shape.max_seq_len, model.head_dim),
             model.num_hidden_layers,
             decode.dtype,
-            on_gpu=on_gpu,
+            device_id=device_id if on_gpu else None,
         )
         # On a GPU every session uploads its own copy.
         self._weights = {} if on_gpu else map_weights(manifest, decode.dtype)
         report = progress or (lambda _: None)
-        opener = _Opener(
-            manifest=manifest,
-            provider=provider,
-            threads=threads,
-            engines=engine_folder(manifest, engine_cache) if provider == "tensorrt" else None,
-            prepack=prepack,
-            weights=self._weights,
-            report=report,
+        kept = (
+            kept_engines(manifest, engine_cache, device_id)
+            if provider == "tensorrt"
+            else contextlib.nullcontext()
         )
-        self._prefill = {
-            length: opener.open(manifest.find_graph("prefill", self.target, length), self._cache)
-            for length in shape.prefill_lens
-        }
-        self._decode = opener.open(decode, self._cache)
+        with kept as engines:
+            opener = _Opener(
+                manifest=manifest,
+                provider=provider,
+                threads=threads,
+                device_id=device_id,
+                engines=engines,
+                prepack=prepack,
+                weights=self._weights,
+                report=report,
+            )
+            self._prefill = {
+                length: opener.open(
+                    manifest.find_graph("prefill", self.target, length), self._cache
+                )
+                for length in shape.prefill_lens
+            }
+            self._decode = opener.open(decode, self._cache)
         # TensorScatter can write any row; GroupQueryAttention appends at its own length.
         self._appends = "GroupQueryAttention" in decode.ops
         self._last_rolled = [-1] * shape.batch_size
@@ -225,13 +242,14 @@ class _Opener:
     manifest: Manifest
     provider: str
     threads: int | None
-    engines: Path | None
+    device_id: int
+    engines: Engines | None
     prepack: bool
     weights: Mapping[str, Any]
     report: Callable[[str], None]
 
     def open(self, graph: GraphFile, cache: CacheBuffers) -> BoundGraph:
-        building = self.engines is not None and not has_engine(self.engines, graph)
+        building = self.engines is not None and not self.engines.built
         self.report(
             f"building the TensorRT engine of {graph.role} (minutes, kept for the next start)"
             if building
@@ -245,31 +263,49 @@ class _Opener:
             initializers=self.weights,
         )
         return BoundGraph(
-            open_session(self.manifest.folder / graph.file, options),
+            self._open_session(graph, options),
             graph,
             vocab_size=self.manifest.shape.vocab_size,
             cache=cache,
-            on_gpu=self.provider != "cpu",
         )
+
+    def _open_session(self, graph: GraphFile, options: SessionOptions) -> Any:
+        if self.engines is None:
+            return open_session(self.manifest.folder / graph.file, options)
+        try:
+            return open_session(self.engines.model_path(self.manifest, graph), options)
+        except BackendUnavailableError as error:
+            if not self.engines.built:
+                raise
+            raise BackendUnavailableError(
+                f"the engine kept for {graph.file} can't be used; delete {self.engines.folder}, "
+                f"the next start builds it again: {error}"
+            ) from None
 
     def _provider_options(self, graph: GraphFile) -> dict[str, str]:
         if self.engines is not None:
-            return tensorrt_options(self.engines, graph)
+            return self.engines.provider_options(graph)
         if self.provider == "cuda":
             return {
-                "device_id": "0",
+                "device_id": str(self.device_id),
                 "use_tf32": "0",
                 "enable_cuda_graph": str(int(graph.role == "decode")),
             }
         return {}
 
 
-def _check_memory(manifest: Manifest, provider: str, target: str, *, prepack: bool) -> None:
+def _check_device(device_id: int, num_devices: int) -> None:
+    if type(device_id) is not int or not 0 <= device_id < num_devices:
+        allowed = "only 0" if num_devices == 1 else f"0 to {num_devices - 1}"
+        raise ValueError(f"device_id is {device_id!r}; there is {allowed}")
+
+
+def _check_memory(manifest: Manifest, target: str, *, prepack: bool, device_id: int | None) -> None:
     needs = describe_bundle(manifest)["targets"][target]
-    if provider == "cpu":
+    if device_id is None:
         copies, free, where = 1 + prepack, available_bytes(), "memory"
     else:
-        copies, free, where = needs["weight_copies"], free_bytes(), "GPU memory"
+        copies, free, where = needs["weight_copies"], free_bytes(device_id), "GPU memory"
     weights, cache = copies * needs["weight_bytes"], needs["cache_bytes"]
     if weights + cache > free:
         raise BackendUnavailableError(

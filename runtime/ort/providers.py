@@ -8,6 +8,7 @@ another provider would run is refused.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from ..backend import BackendUnavailableError
 from .gpu_libraries import driver_problem, load_libraries, needed_libraries
 
 __all__ = [
+    "ORT_PACKAGES",
     "PROVIDERS",
     "TENSORRT_PACKAGES",
     "SessionOptions",
@@ -33,7 +35,7 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _CUDA_PACKAGES = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 
 _PIP = {
@@ -42,6 +44,10 @@ _PIP = {
     "tensorrt": "pip install 'llamac[tensorrt]' --extra-index-url https://pypi.nvidia.com",
 }
 _CUDA_PIP = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+_LOG_ERRORS = 3
+_SOURCE_PLACE = re.compile(r"^/onnxruntime_src/\S+:\d+ .*?\)(?: const)? ")
+_MAX_REASON = 4000  # characters: the longest seen name every node of a graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +94,9 @@ def provider_problem(provider: str) -> str | None:
             raise
         return f"onnxruntime is not installed; {_PIP[provider]}"
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        found = installed_versions(_ORT_PACKAGES) or f"onnxruntime {onnxruntime.__version__}"
+        found = installed_versions(ORT_PACKAGES) or f"onnxruntime {onnxruntime.__version__}"
         # Both packages are one folder, which the one installed last has overwritten.
-        mend = f"pip uninstall -y {' '.join(_ORT_PACKAGES)}; {_PIP[provider]}"
+        mend = f"pip uninstall -y {' '.join(ORT_PACKAGES)}; {_PIP[provider]}"
         return f"{found} has no {PROVIDERS[provider]}; {mend}"
     if provider == "cpu":
         return None
@@ -152,7 +158,6 @@ def open_session(path: Path, options: SessionOptions) -> Any:
     settings = ort.SessionOptions()
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1")
     settings.add_session_config_entry("session.disable_prepacking", str(int(not options.prepack)))
     for weight, value in options.initializers.items():
         settings.add_initializer(weight, value)
@@ -161,7 +166,9 @@ def open_session(path: Path, options: SessionOptions) -> Any:
     if options.provider != "cpu":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        settings.log_severity_level = 4  # what goes wrong is raised, and said once
+        # TensorRT says in its log which node it refuses, and only there.
+        settings.log_severity_level = _LOG_ERRORS
+        ort.set_default_logger_severity(_LOG_ERRORS)
     try:
         session = ort.InferenceSession(
             os.fspath(path),
@@ -180,9 +187,8 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         state.NotImplemented,
         state.RuntimeException,
     ) as error:
-        reason = " ".join(str(error).split())
         raise BackendUnavailableError(
-            f"--provider {options.provider} cannot run {path.name}: {reason:.300}"
+            f"--provider {options.provider} cannot run {path.name}: {_one_line(str(error))}"
         ) from None
     if session.get_providers()[0] != name:
         raise BackendUnavailableError(
@@ -192,6 +198,11 @@ def open_session(path: Path, options: SessionOptions) -> Any:
     if options.provider != "cpu":
         _check_assignment(session, path, options.provider)
     return session
+
+
+def _one_line(text: str) -> str:
+    """All that ONNX Runtime says, but not where in its sources it says it, which comes first."""
+    return _SOURCE_PLACE.sub("", " ".join(text.split()))[:_MAX_REASON]
 
 
 def _check_assignment(session: Any, path: Path, provider: str) -> None:
