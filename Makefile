@@ -7,7 +7,7 @@ BIN := .venv/bin
 EXTRAS := torch,export,cpu,dev
 # Whole files to a worker, those with slow tests first.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-STORY := --prompt "Once upon a time"
+STORY := --prompt "Once upon a time" --seed 0
 
 .PHONY: demo test quick check bench tensorrt-options clean
 

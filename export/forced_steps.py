@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import Backend
-from ..runtime.scheduler import next_chunk
+from ..runtime.chunks import next_chunk
 
 __all__ = ["Group", "Step", "record_groups", "replay"]
 

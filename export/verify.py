@@ -18,10 +18,10 @@ from ..model.config import LlamaConfig
 from ..model.load import load_backend, static_shape
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.bundle.manifest import Manifest, ModelSizes
+from ..runtime.chunks import check_prompt
 from ..runtime.compare import TOLERANCE, compare_logits, perplexity
 from ..runtime.ort.ort_backend import OrtBackend, check_choice
 from ..runtime.ort.providers import PROVIDERS, provider_problem
-from ..runtime.scheduler import check_prompt
 from ..runtime.text.tokenizer_files import load_tokenizer
 from .engine_build import build_engines
 from .forced_steps import Group, record_groups, replay

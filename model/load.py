@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.backend import BackendUnavailableError, StaticShape
-from ..runtime.language_model import LanguageModel
+from ..runtime.backend import MAX_THREADS, BackendUnavailableError, StaticShape
 from ..runtime.memory import available_bytes, format_bytes
-from ..runtime.text.tokenizer_files import load_tokenizer
 from ..runtime.typed_json import shown
 from .cache import cache_bytes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
@@ -22,7 +20,7 @@ from .compiled.torch_backend import TorchBackend
 from .config import DTYPES, LlamaConfig
 from .tables import check_rope_rows, rope_bytes
 
-__all__ = ["DEMO_FOLDER", "LoadedModel", "load", "load_backend", "static_shape"]
+__all__ = ["DEMO_FOLDER", "LoadedModel", "load_backend", "static_shape"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +45,6 @@ class LoadedModel:
     load_s: float
 
 
-def load(source: str | Path | None = None, **options: object) -> LanguageModel:
-    """Loads a checkpoint with its tokenizer; the shortest way to text.
-
-    Args:
-        source: Folder, file, or name in the local Hugging Face cache; None is the demo model.
-        options: As for load_backend.
-
-    Returns:
-        The model, ready to generate.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint, or it has no tokenizer.
-        ValueError: The checkpoint or an option is refused; the message says why.
-        BackendUnavailableError: The machine lacks a device, a compiler or the memory.
-    """
-    tokenizer = load_tokenizer(open_checkpoint(source or DEMO_FOLDER).folder)
-    loaded = load_backend(source, **options)  # type: ignore[arg-type]
-    return LanguageModel(backend=loaded.backend, tokenizer=tokenizer)
-
-
 def load_backend(
     source: Checkpoint | str | Path | None = None,
     *,
@@ -76,6 +54,7 @@ def load_backend(
     batch_size: int = 1,
     max_seq_len: int | None = None,
     prefill_len: int | None = None,
+    threads: int | None = None,
     all_logits: bool = False,
     announce: Callable[[str], None] = logger.info,
     progress: Callable[[str], None] = lambda _: None,
@@ -91,6 +70,7 @@ def load_backend(
         batch_size: B, cache slots.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         prefill_len: P; None is 128, at most S.
+        threads: CPU threads; None leaves torch's number.
         all_logits: Whether `score` can be called.
         announce: Told the bytes needed before anything is loaded.
         progress: Told what is being done.
@@ -124,6 +104,10 @@ def load_backend(
             "triton is not installed, which --device cuda needs; pip install triton, or install a "
             "CUDA build of torch for Linux, which brings it"
         )
+    if threads is not None:
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads is {threads}; it must be between 1 and {MAX_THREADS}")
+        torch.set_num_threads(threads)
     needed = {
         "weights": weight_bytes(checkpoint, torch_dtype),
         "cache": cache_bytes(config, batch_size, shape.max_seq_len, torch_dtype.itemsize),

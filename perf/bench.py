@@ -273,6 +273,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    from ..runtime.cli.main import main as run_command
+    from ..runtime.cli import main as run_command
 
     sys.exit(run_command(["bench", *sys.argv[1:]]))

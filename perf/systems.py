@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
-from ..runtime.scheduler import next_chunk
+from ..runtime.chunks import next_chunk
 from .llama_cpp_peer import LLAMA_CPP
 from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC
 from .setup import Runner, Setup, System

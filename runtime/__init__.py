@@ -1,5 +1,18 @@
-"""The torch-free runtime: tokenizers, sampling, generation, the bundle reader, the CLI."""
+"""The torch-free runtime: `load`, the scheduler, tokenizers, the bundle, the command line."""
 
-from .backend import Backend, BackendUnavailableError, StaticShape
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import Backend, BackendUnavailableError, StaticShape
 
 __all__ = ["Backend", "BackendUnavailableError", "StaticShape"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is offered when it is asked for: the command line begins with this package."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".backend", __name__), name)

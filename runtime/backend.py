@@ -9,7 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "BackendUnavailableError", "StaticShape"]
+__all__ = ["MAX_THREADS", "Backend", "BackendUnavailableError", "StaticShape"]
+
+MAX_THREADS = 1024  # more is a slip; libraries take some numbers and crash on others
 
 
 class BackendUnavailableError(RuntimeError):

@@ -1,79 +1,157 @@
-"""A backend with its tokenizer: the short Python API."""
+"""A backend with its tokenizer: text in, text out, for any number of callers at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 from .backend import Backend
+from .request import Completion, Event, LimitPolicy, Request
 from .sampling import SamplingParams
-from .scheduler import Completion, LimitPolicy, Request, Scheduler, generate, stream
+from .scheduler import Scheduler, run_requests, stream
+from .text.chat_template import ChatTemplate
 from .text.tokenizer import Tokenizer
 
-__all__ = ["LanguageModel"]
+__all__ = ["LanguageModel", "RequestOptions"]
+
+_SAMPLING = {field.name for field in fields(SamplingParams)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions(TypedDict, total=False):
+    """What can be asked for beside the prompt; see Request and SamplingParams."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...] | None
+    limit_policy: LimitPolicy
+    logprobs: int | None
+    sample_index: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+
+
 class LanguageModel:
     """Turns text into text.
 
-    Attributes:
-        backend: Any backend.
+    Its scheduler is the only one: any number of `generate`, `stream` and `chat` calls, from any
+    thread, share the backend's slots, and each gives the text that it gives alone.
+
+    Args:
+        backend: Any backend; nobody else may use it.
         tokenizer: The checkpoint's.
+        folder: Where the tokenizer's files are, and the chat template.
+        name: Backend and device, such as "torch-compile/cpu".
+        startup: Seconds and facts of loading and compiling, keys ending in their unit.
+        defaults: Options of requests that name none, such as a checkpoint's own temperature.
+        keep_prefixes: See Scheduler; on for chats, whose turns begin alike.
     """
 
-    backend: Backend
-    tokenizer: Tokenizer
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        folder: Path | None = None,
+        name: str = "",
+        startup: Mapping[str, Any] | None = None,
+        defaults: RequestOptions | None = None,
+        keep_prefixes: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.name = name
+        self.startup = dict(startup or {})
+        self.defaults: RequestOptions = defaults or {}
+        self.scheduler = Scheduler(backend, tokenizer, keep_prefixes=keep_prefixes)
+        self._folder = folder
+        self._template: ChatTemplate | None = None
 
     def generate(
-        self,
-        *prompts: str,
-        max_new_tokens: int = 256,
-        stop: tuple[str, ...] = (),
-        limit_policy: LimitPolicy = "stop",
-        **sampling: float,
+        self, *prompts: str | Sequence[int], n: int = 1, **options: Unpack[RequestOptions]
     ) -> list[Completion]:
         """Continues prompts, as many at once as the backend has slots.
 
         Args:
-            prompts: Texts; "" is BOS alone.
-            max_new_tokens: Most tokens of a continuation.
-            stop: Texts that end it.
-            limit_policy: "stop" or "roll" where the cache is full.
-            sampling: Fields of SamplingParams, such as temperature, top_p and seed.
+            prompts: Texts, "" being BOS alone, or token ids.
+            n: Samples of each prompt.
+            options: See RequestOptions.
 
         Returns:
-            One completion a prompt.
+            One completion a sample, those of the first prompt first.
 
         Raises:
-            ValueError: An option is out of its range, or a prompt does not fit.
+            ValueError: An option is out of its range, or a prompt doesn't fit.
         """
-        requests = [self.request(p, max_new_tokens, stop, **sampling) for p in prompts]
-        return generate(self.backend, self.tokenizer, requests, limit_policy=limit_policy)
+        requests = [
+            self.request(prompt, **{"sample_index": i, **options})  # pyright: ignore
+            for prompt in prompts
+            for i in range(n)
+        ]
+        return run_requests(self.scheduler, requests)
 
     def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 256,
-        stop: tuple[str, ...] = (),
-        limit_policy: LimitPolicy = "stop",
-        **sampling: float,
-    ) -> Iterator[str]:
-        """Like generate for one prompt, yielding pieces of text as they are made."""
-        scheduler = Scheduler(self.backend, self.tokenizer, limit_policy=limit_policy)
-        request = self.request(prompt, max_new_tokens, stop, **sampling)
-        for event in stream(scheduler, request):
+        self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]
+    ) -> Generator[str, None, None]:
+        """Like generate for one prompt, yielding pieces of text as they are made.
+
+        Args:
+            prompt: A text or token ids.
+            options: See RequestOptions.
+
+        Yields:
+            Pieces of the continuation.
+
+        Raises:
+            ValueError: As generate, or the model's logits can't be sampled from.
+        """
+        for event in self.events(self.request(prompt, **options)):
             if event.text:
                 yield event.text
 
-    def request(
-        self, prompt: str, max_new_tokens: int, stop: tuple[str, ...], **sampling: float
-    ) -> Request:
-        """Encodes a prompt into what the Scheduler takes."""
-        return Request(
-            prompt_ids=tuple(self.tokenizer.encode(prompt)),
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
-        )
+    def chat(
+        self, messages: list[dict[str, Any]], **options: Unpack[RequestOptions]
+    ) -> Generator[str, None, None]:
+        """Answers a conversation, yielding pieces of the answer.
+
+        Args:
+            messages: Each with a "role" (system, user, assistant) and its "content".
+            options: See RequestOptions.
+
+        Yields:
+            Pieces of the answer.
+
+        Raises:
+            FileNotFoundError: The model was loaded without its folder.
+            ValueError: There is no chat template, or it refuses the messages; or as stream.
+        """
+        yield from self.stream(self.render(messages), **options)
+
+    def render(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
+        """Writes a conversation as a prompt's token ids, by the checkpoint's own template."""
+        if self._template is None:
+            if self._folder is None:
+                raise FileNotFoundError("this model has no folder with a chat template")
+            self._template = ChatTemplate.load(self._folder)
+        text = self._template.render(messages)
+        return tuple(self.tokenizer.encode(text, bos=False, special=True))
+
+    def events(self, request: Request) -> Generator[Event, None, None]:
+        """Runs one request, yielding its events; see scheduler.stream."""
+        for event in stream(self.scheduler, request):
+            if event.completion is not None and event.completion.error is not None:
+                raise ValueError(event.completion.error)
+            yield event
+
+    def request(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Request:
+        """Encodes a prompt into what the scheduler takes, defaults filled in."""
+        chosen: dict[str, Any] = {**self.defaults, **options}
+        sampling = {key: chosen.pop(key) for key in _SAMPLING & chosen.keys()}
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(prompt_ids=tuple(ids), sampling=SamplingParams(**sampling), **chosen)

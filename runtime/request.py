@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from .sampling import Sampler, SamplingParams, log_softmax, top_logprobs
 from .text.tokenizer import StreamDecoder
 
-__all__ = ["Completion", "Event", "LiveRequest", "Request"]
+__all__ = ["Completion", "Event", "LimitPolicy", "LiveRequest", "Request"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+LimitPolicy = Literal["stop", "roll"]
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
@@ -29,7 +30,10 @@ class Request:
         sampling: Filters and seed.
         sample_index: Numbers the samples of one prompt with one seed; each is its own request.
         stop: Texts that end the continuation; they aren't part of it.
-        stop_ids: Ids that end the continuation, besides the scheduler's eos_ids.
+        stop_ids: Ids that end the continuation, besides eos_ids.
+        eos_ids: Ids that end it; None takes the scheduler's, () ignores them.
+        limit_policy: Where the cache is full, "stop" ends with "length" and "roll" overwrites the
+            oldest rows, until the RoPE tables end.
         logprobs: None is off; n gives each token's log-probability and its n best alternatives.
 
     Raises:
@@ -42,15 +46,21 @@ class Request:
     sample_index: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] | None = None
+    limit_policy: LimitPolicy = "stop"
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError("prompt_ids is empty; give at least one id, such as BOS")
+            raise ValueError("the prompt has no token; give at least one, such as BOS")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.sample_index < 2**64:
+            raise ValueError(f"sample_index is {self.sample_index}; it must be in [0, 2**64)")
         if isinstance(self.stop, str) or "" in self.stop:
             raise ValueError(f"stop is {self.stop!r}; give a tuple of texts, none empty")
+        if self.limit_policy not in ("stop", "roll"):
+            raise ValueError(f'limit_policy is {self.limit_policy!r}; it must be "stop" or "roll"')
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs is {self.logprobs}; it must be None (off) or 0 and above")
 
@@ -63,9 +73,12 @@ class Completion:
         prompt_ids: The request's prompt.
         ids: The continuation, without the id that ended it. A stop text's tokens are in it.
         text: The continuation up to a stop text; "" without a tokenizer.
-        finish_reason: "stop" (an id or a text), "length" (a limit) or "cancelled".
+        finish_reason: "stop" (an id or a text), "length" (a limit), "cancelled" or "error".
+        error: What went wrong, in one line, where the reason is "error".
         logprobs: Log-probability of each of ids under the raw logits, if asked for.
         top_logprobs: The best alternatives for each of ids, as (id, logprob), if asked for.
+        num_reused: Ids at the prompt's beginning whose rows a slot held already.
+        queue_s: From submit to the slot.
         prefill_s: Time in the backend for this prompt's chunks.
         ttft_s: From submit to the first token, waiting included; None if there was none.
         decode_s: From the first token to the last, other requests' chunks in between included.
@@ -76,8 +89,11 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    error: str | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
+    num_reused: int = 0
+    queue_s: float = 0.0
     prefill_s: float = 0.0
     ttft_s: float | None = None
     decode_s: float = 0.0
@@ -109,18 +125,18 @@ class Event:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LiveRequest:
-    """A request's whole state."""
+    """A request's whole state; sampler and decoder, which cost memory, come with the slot."""
 
     request_id: int
     request: Request
-    sampler: Sampler
-    decoder: StreamDecoder | None
-    inbox: deque[Event]
-    end_ids: set[int]
-    end: int  # the first position that no token can be fed at; one can be sampled for it
-    allowed_size: int  # ids from here on aren't the tokenizer's
+    sink: Callable[[Event], None]
     completion: Completion
     submitted_s: float
+    end_ids: frozenset[int]
+    end: int  # the first position that no token can be fed at; one can be sampled for it
+    allowed_size: int  # ids from here on aren't the tokenizer's
+    sampler: Sampler | None = None
+    decoder: StreamDecoder | None = None
     num_prefilled: int = 0
 
     @property
@@ -141,9 +157,15 @@ class LiveRequest:
 
     def take(self, logits: NDArray[np.float32]) -> None:
         """Samples a token from [V] logits and sends its event, which may be the last."""
+        assert self.sampler is not None
         request, completion = self.request, self.completion
         position = len(request.prompt_ids) + len(completion.ids)
-        token_id = self.sampler.sample(logits, position)
+        try:
+            token_id = self.sampler.sample(logits, position)
+        except ValueError as error:  # logits that can't be sampled from are this request's alone
+            completion.error = str(error)
+            self.finish("error")
+            return
         elapsed_s = time.perf_counter() - self.submitted_s
         if completion.ttft_s is None:
             completion.ttft_s = elapsed_s
@@ -186,7 +208,7 @@ class LiveRequest:
             text += self.decoder.flush()  # what was held back for a stop text that never came
         self.completion.text += text
         self.completion.finish_reason = reason
-        self.inbox.append(
+        self.sink(
             Event(
                 request_id=self.request_id,
                 token_id=token_id,

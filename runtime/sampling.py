@@ -121,23 +121,6 @@ class Sampler:
         self._seen[token_id] = True
         return token_id
 
-    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Gives the distribution that `sample` would draw from, and draws nothing.
-
-        Args:
-            logits: [V] float32 logits.
-
-        Returns:
-            [V] float64 probabilities, 0 for every id that was filtered out.
-
-        Raises:
-            ValueError: As `sample`.
-        """
-        ids, weights = self._candidates(logits)
-        probabilities = np.zeros(self._vocab_size)
-        probabilities[ids] = weights / weights.sum()
-        return probabilities
-
     def _candidates(
         self, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Literal
+from threading import RLock
 
 import numpy as np
 
-from .backend import Backend, StaticShape
+from .backend import Backend
+from .chunks import check_prompt, next_chunk
+from .prefix import Slot
 from .request import Completion, Event, LiveRequest, Request
 from .sampling import Sampler
 from .text.tokenizer import StreamDecoder, Tokenizer
@@ -19,21 +21,19 @@ __all__ = [
     "Event",
     "Request",
     "Scheduler",
-    "check_prompt",
     "generate",
-    "next_chunk",
+    "run_requests",
     "stream",
 ]
-
-LimitPolicy = Literal["stop", "roll"]
 
 
 class Scheduler:
     """Gives requests a cache slot each, first come first served, and moves them on by steps.
 
     A request's tokens depend on its prompt, its seed and its logits alone, never on its slot, its
-    neighbours or the order of steps. After a step that was interrupted in the backend (Ctrl-C, an
-    error) requests can be cancelled, or the next step repeats it.
+    neighbours or the order of steps. Any thread may submit, cancel and step. After a step that was
+    interrupted in the backend (Ctrl-C, an error) requests can be cancelled, or the next step
+    repeats it.
     """
 
     def __init__(
@@ -41,49 +41,48 @@ class Scheduler:
         backend: Backend,
         tokenizer: Tokenizer | None,
         *,
-        limit_policy: LimitPolicy = "stop",
         eos_ids: tuple[int, ...] | None = None,
+        keep_prefixes: bool = False,
     ) -> None:
         """Takes a backend whose slots nobody else uses.
 
         Args:
             backend: Runs the chunks and the decodes.
             tokenizer: Makes the text; with None texts are "" and stop texts are refused.
-            limit_policy: Where the cache is full, "stop" ends with "length" and "roll" overwrites
-                the oldest rows, until the RoPE tables end.
-            eos_ids: Ids that end every request. Default: the tokenizer's; () ignores them.
-
-        Raises:
-            ValueError: limit_policy is unknown.
+            eos_ids: Ids that end requests which name none. Default: the tokenizer's.
+            keep_prefixes: Whether a prompt that begins like what a free slot still holds starts
+                there. The rows then come from other chunks, and logits may differ by a rounding.
         """
-        if limit_policy not in ("stop", "roll"):
-            raise ValueError(f'limit_policy is {limit_policy!r}; it must be "stop" or "roll"')
         shape = backend.shape
         self._backend = backend
         self._tokenizer = tokenizer
-        self._end = shape.max_seq_len if limit_policy == "stop" else shape.num_positions
         self._allowed_size = shape.vocab_size
         if tokenizer is not None:
             self._allowed_size = min(tokenizer.vocab_size, shape.vocab_size)
             eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
         self._eos_ids = eos_ids or ()
-        self._slots: list[LiveRequest | None] = [None] * shape.batch_size
-        self._queue: list[LiveRequest] = []
-        self._events: deque[Event] = deque()
+        self._keep_prefixes = keep_prefixes
+        self._slots = [Slot() for _ in range(shape.batch_size)]
+        self._queue: deque[LiveRequest] = deque()
+        self._unfinished: dict[int, LiveRequest] = {}
+        self._events: deque[Event] = deque()  # of requests without a sink
         self._num_submitted = 0
         self._decode_next = False
+        # A stream that is let go cancels its request wherever the collector runs.
+        self._lock = RLock()
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing left to run or to deliver."""
-        return not self._events and all(live.finished for live in self._requests())
+        return not self._events and not self._unfinished
 
-    def submit(self, request: Request, *, inbox: deque[Event] | None = None) -> int:
+    def submit(self, request: Request, *, sink: Callable[[Event], None] | None = None) -> int:
         """Queues a request.
 
         Args:
             request: What to run.
-            inbox: Where its events go; by default `step` returns them.
+            sink: Called with its events, within a step or a cancel; by default `step` returns
+                them.
 
         Returns:
             The request's id, which its events carry.
@@ -92,61 +91,55 @@ class Scheduler:
             ValueError: The prompt doesn't fit the cache, an id is outside the vocabulary, or
                 there are stop texts and no tokenizer.
         """
-        shape, prompt_ids = self._backend.shape, request.prompt_ids
-        check_prompt(prompt_ids, shape)
+        shape = self._backend.shape
+        check_prompt(request.prompt_ids, shape)
         if request.stop and self._tokenizer is None:
             raise ValueError("stop texts need a tokenizer; give one, or use stop_ids")
-        live = LiveRequest(
-            request_id=self._num_submitted,
-            request=request,
-            sampler=Sampler(
-                request.sampling,
-                shape.vocab_size,
+        eos_ids = self._eos_ids if request.eos_ids is None else request.eos_ids
+        with self._lock:
+            live = LiveRequest(
+                request_id=self._num_submitted,
+                request=request,
+                sink=self._events.append if sink is None else sink,
+                completion=Completion(
+                    prompt_ids=request.prompt_ids,
+                    logprobs=None if request.logprobs is None else [],
+                    top_logprobs=None if request.logprobs is None else [],
+                ),
+                submitted_s=time.perf_counter(),
+                end_ids=frozenset((*eos_ids, *request.stop_ids, *self._named_ids(request.stop))),
+                end=shape.max_seq_len if request.limit_policy == "stop" else shape.num_positions,
                 allowed_size=self._allowed_size,
-                prompt_ids=prompt_ids,
-                sample_index=request.sample_index,
-            ),
-            decoder=self._tokenizer and StreamDecoder(self._tokenizer, prompt_ids, request.stop),
-            inbox=self._events if inbox is None else inbox,
-            end_ids={*self._eos_ids, *request.stop_ids},
-            end=self._end,
-            allowed_size=self._allowed_size,
-            completion=Completion(
-                prompt_ids=prompt_ids,
-                logprobs=None if request.logprobs is None else [],
-                top_logprobs=None if request.logprobs is None else [],
-            ),
-            submitted_s=time.perf_counter(),
-        )
-        self._num_submitted += 1
-        self._queue.append(live)
+            )
+            self._num_submitted += 1
+            self._queue.append(live)
+            self._unfinished[live.request_id] = live
         return live.request_id
 
     def step(self) -> list[Event]:
         """Runs one prefill chunk, or one decode of all slots that are past their prompt.
 
         The two alternate while there is work for both. If there are events already, from a cancel
-        or an interrupted step, these are delivered and nothing is run.
+        or an interrupted step, these are delivered and nothing is run. A request whose logits
+        can't be sampled from ends with "error"; the others go on.
 
         Returns:
-            The events of this step, without those that went to an inbox; [] when idle.
-
-        Raises:
-            ValueError: The backend's logits can't be sampled from.
+            The events of this step, without those that went to a sink; [] when idle.
         """
-        if not self._events:
-            self._assign_slots()
-            live = [state for state in self._slots if state is not None]
-            prefilling = [state for state in live if not state.decoding]
-            if prefilling and not (self._decode_next and len(prefilling) < len(live)):
-                self._prefill(min(prefilling, key=lambda state: state.request_id))
-                self._decode_next = True
-            elif live:
-                self._decode()
-                self._decode_next = False
-        events = list(self._events)
-        self._events.clear()
-        return events
+        with self._lock:
+            if not self._events:
+                self._assign_slots()
+                prompting = [slot for slot in self._slots if slot.live and not slot.live.decoding]
+                decoding = [slot for slot in self._slots if slot.live and slot.live.decoding]
+                if prompting and not (self._decode_next and decoding):
+                    self._prefill(min(prompting, key=_request_id))
+                    self._decode_next = True
+                elif decoding:
+                    self._decode()
+                    self._decode_next = False
+            events = list(self._events)
+            self._events.clear()
+            return events
 
     def cancel(self, request_id: int) -> bool:
         """Ends a request, waiting or running; its last event comes with the next step.
@@ -157,47 +150,82 @@ class Scheduler:
         Returns:
             False if the request had ended already, or never was.
         """
-        for live in self._requests():
-            if live.request_id == request_id and not live.finished:
+        with self._lock:
+            live = self._unfinished.pop(request_id, None)
+            if live is not None:
                 live.finish("cancelled")
-                return True
-        return False
+            return live is not None
 
-    def _requests(self) -> list[LiveRequest]:
-        return [live for live in (*self._slots, *self._queue) if live is not None]
+    def _named_ids(self, stop: tuple[str, ...]) -> list[int]:
+        """The ids of stop texts that name a special token, which adds no text of its own."""
+        names = {} if self._tokenizer is None else self._tokenizer.special_names
+        return [names[text] for text in stop if text in names]
 
     def _assign_slots(self) -> None:
         """Frees the slots of requests that have ended and fills them from the queue."""
-        waiting = [live for live in self._queue if not live.finished]
-        for slot, live in enumerate(self._slots):
-            if live is None or live.finished:
-                self._slots[slot] = waiting.pop(0) if waiting else None
-        self._queue = waiting
+        for slot in self._slots:
+            if slot.live is not None and slot.live.finished:
+                max_seq_len = self._backend.shape.max_seq_len
+                slot.release(max_seq_len=max_seq_len, keep=self._keep_prefixes)
+        free = [slot for slot in self._slots if slot.live is None]
+        while free and self._queue:
+            live = self._queue.popleft()
+            if live.finished:
+                continue
+            prompt_ids = live.request.prompt_ids
+            # Of equals the one that keeps least, and the first.
+            slot = max(free, key=lambda s: (s.common_len(prompt_ids), -len(s.kept_ids)))
+            free.remove(slot)
+            self._start(live, slot)
 
-    def _prefill(self, live: LiveRequest) -> None:
+    def _start(self, live: LiveRequest, slot: Slot) -> None:
+        request = live.request
+        live.sampler = Sampler(
+            request.sampling,
+            self._backend.shape.vocab_size,
+            allowed_size=self._allowed_size,
+            prompt_ids=request.prompt_ids,
+            sample_index=request.sample_index,
+        )
+        if self._tokenizer is not None:
+            live.decoder = StreamDecoder(self._tokenizer, request.prompt_ids, request.stop)
+        live.num_prefilled = live.completion.num_reused = slot.common_len(request.prompt_ids)
+        live.completion.queue_s = time.perf_counter() - live.submitted_s
+        slot.live = live
+
+    def _prefill(self, slot: Slot) -> None:
+        live = slot.live
+        assert live is not None
         prompt_ids = live.request.prompt_ids
         start, end = next_chunk(len(prompt_ids), live.num_prefilled, self._backend.shape)
         started_s = time.perf_counter()
-        logits = self._backend.prefill(self._slots.index(live), prompt_ids[start:end], start)
+        logits = self._backend.prefill(self._slots.index(slot), prompt_ids[start:end], start)
         live.completion.prefill_s += time.perf_counter() - started_s
         if end == len(prompt_ids):
             live.take(logits)
         live.num_prefilled = end
+        self._forget_finished()
 
     def _decode(self) -> None:
         # A row that isn't decoding is fed id 0 where its own next token will go, which then
-        # replaces it: row 0 of a free slot, else the first row its prompt hasn't filled. That row
-        # exists: a prompt that has filled all S is decoding, or over, since its last chunk.
+        # replaces it. That row exists: a prompt that has filled all S is decoding, or over, since
+        # its last chunk, and what a free slot keeps leaves one.
         ids = np.zeros(len(self._slots), dtype=np.int64)
         positions = np.zeros(len(self._slots), dtype=np.int64)
-        for slot, live in enumerate(self._slots):
-            if live is not None:
-                ids[slot] = live.completion.ids[-1] if live.decoding else 0
-                positions[slot] = live.next_position
+        for index, slot in enumerate(self._slots):
+            positions[index] = slot.next_position
+            if slot.live and slot.live.decoding:
+                ids[index] = slot.live.completion.ids[-1]
         logits = self._backend.decode(ids, positions)
-        for slot, live in enumerate(self._slots):
-            if live is not None and live.decoding:
-                live.take(logits[slot])
+        for slot, row in zip(self._slots, logits, strict=True):
+            if slot.live and slot.live.decoding:
+                slot.live.take(row)
+        self._forget_finished()
+
+    def _forget_finished(self) -> None:
+        for slot in self._slots:
+            if slot.live is not None and slot.live.finished:
+                self._unfinished.pop(slot.live.request_id, None)
 
 
 def generate(
@@ -206,7 +234,6 @@ def generate(
     requests: Sequence[Request],
     *,
     on_event: Callable[[Event], None] | None = None,
-    limit_policy: LimitPolicy = "stop",
     eos_ids: tuple[int, ...] | None = None,
 ) -> list[Completion]:
     """Runs requests to their end, as many at once as the backend has slots.
@@ -216,24 +243,53 @@ def generate(
         tokenizer: As for Scheduler.
         requests: Any number; all are checked before the first one runs.
         on_event: Called with every event as it happens; request ids count from 0.
-        limit_policy: As for Scheduler.
         eos_ids: As for Scheduler.
 
     Returns:
         One completion for each request, in their order.
 
     Raises:
-        ValueError: As Scheduler, its `submit` and its `step`.
+        ValueError: As `submit`.
     """
-    scheduler = Scheduler(backend, tokenizer, limit_policy=limit_policy, eos_ids=eos_ids)
-    request_ids = [scheduler.submit(request) for request in requests]
+    return run_requests(Scheduler(backend, tokenizer, eos_ids=eos_ids), requests, on_event=on_event)
+
+
+def run_requests(
+    scheduler: Scheduler,
+    requests: Sequence[Request],
+    *,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[Completion]:
+    """Like generate, beside whatever else the scheduler runs.
+
+    Args:
+        scheduler: Takes the requests.
+        requests: All are checked before the first one runs.
+        on_event: Called with each of their events.
+
+    Returns:
+        One completion for each request, in their order.
+
+    Raises:
+        ValueError: As `submit`; what was submitted before is cancelled.
+    """
     completions: dict[int, Completion] = {}
-    while not scheduler.idle:
-        for event in scheduler.step():
-            if event.completion is not None:
-                completions[event.request_id] = event.completion
-            if on_event is not None:
-                on_event(event)
+
+    def take(event: Event) -> None:
+        if event.completion is not None:
+            completions[event.request_id] = event.completion
+        if on_event is not None:
+            on_event(event)
+
+    request_ids: list[int] = []
+    try:
+        for request in requests:
+            request_ids.append(scheduler.submit(request, sink=take))
+        while len(completions) < len(request_ids):
+            scheduler.step()
+    finally:  # nobody waits any more for what an error or an interrupt leaves
+        for request_id in request_ids:
+            scheduler.cancel(request_id)
     return [completions[request_id] for request_id in request_ids]
 
 
@@ -241,7 +297,8 @@ def stream(scheduler: Scheduler, request: Request) -> Generator[Event, None, Non
     """Yields one request's events as they happen; closing the iterator cancels the request.
 
     It runs the scheduler's steps, so other requests move on too. Several streams can be read in
-    any order, each gets its own events; those of requests submitted without an inbox are dropped.
+    any order, from any thread; each gets its own events. Those of requests submitted without a
+    sink are dropped.
 
     Args:
         scheduler: Takes the request at the first `next`.
@@ -251,59 +308,22 @@ def stream(scheduler: Scheduler, request: Request) -> Generator[Event, None, Non
         The request's events, the last one with its completion.
 
     Raises:
-        ValueError: As `submit` and `step`.
+        ValueError: As `submit`.
     """
-    inbox: deque[Event] = deque()
-    request_id = scheduler.submit(request, inbox=inbox)
+    events: deque[Event] = deque()
+    request_id = scheduler.submit(request, sink=events.append)
     try:
         finished = False
         while not finished:
-            while not inbox:
+            while not events:
                 scheduler.step()
-            event = inbox.popleft()
+            event = events.popleft()
             finished = event.finish_reason is not None
             yield event
     finally:
         scheduler.cancel(request_id)
 
 
-def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
-    """Refuses a prompt that a backend of this shape can't take.
-
-    Args:
-        prompt_ids: At least one id.
-        shape: The backend's.
-
-    Raises:
-        ValueError: The prompt doesn't fit the cache, or an id is outside the vocabulary.
-    """
-    if len(prompt_ids) > shape.max_seq_len:
-        raise ValueError(
-            f"prompt has {len(prompt_ids)} tokens, max_seq_len is {shape.max_seq_len}; "
-            "shorten the prompt or raise max_seq_len"
-        )
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < shape.vocab_size:
-        raise ValueError(
-            f"prompt has ids from {min(prompt_ids)} to {max(prompt_ids)}, vocab_size is "
-            f"{shape.vocab_size}; use the tokenizer of this model"
-        )
-
-
-def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
-    """Cuts the next chunk of a prompt.
-
-    With S = 10, P = 4 and a prompt of 9 the chunks are [0, 4), [4, 8) and [6, 9): a third one from
-    8 would have its padding run to row 12, so it begins at S - P and two ids are fed again.
-
-    Args:
-        prompt_len: Ids in the prompt, at most max_seq_len.
-        num_prefilled: How many of them are in the cache, fewer than prompt_len.
-        shape: The chunk lengths and the cache's.
-
-    Returns:
-        The chunk's first index and the one after its last.
-    """
-    remaining = prompt_len - num_prefilled
-    chunk_len = next((n for n in shape.prefill_lens if n >= remaining), shape.prefill_len)
-    start = min(num_prefilled, shape.max_seq_len - chunk_len)
-    return start, min(start + chunk_len, prompt_len)
+def _request_id(slot: Slot) -> int:
+    assert slot.live is not None
+    return slot.live.request_id

@@ -8,9 +8,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from llamac.runtime.cli import main
+
+# How fast examples are drawn says how busy the machine is, nothing of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 SHARED_CHECKPOINT = Path(__file__).parents[2] / "shared" / "checkpoints" / "stories260K"
 

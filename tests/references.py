@@ -13,7 +13,7 @@ from torch import Tensor
 from llamac.model import KVCache, Llama
 from llamac.model.llama import TorchAttention
 from llamac.runtime.backend import Backend
-from llamac.runtime.scheduler import next_chunk
+from llamac.runtime.chunks import next_chunk
 
 VOCAB_SIZE = 101
 

@@ -217,8 +217,8 @@ def test_a_chunks_logits_are_the_callers(backend: Backend):
 # Behind the scheduler
 
 
-def tokens(backend: Backend, requests: list[Request], policy: str) -> list[tuple[int, ...]]:
-    return [done.ids for done in generate(backend, None, requests, limit_policy=policy)]
+def tokens(backend: Backend, requests: list[Request]) -> list[list[int]]:
+    return [done.ids for done in generate(backend, None, requests)]
 
 
 @pytest.mark.parametrize("policy", ["stop", "roll"])
@@ -231,11 +231,12 @@ def test_requests_in_a_batch_give_the_ids_they_give_alone(
             prompt_ids=tuple(random_ids(length, seed=length)),
             max_new_tokens=2 * S,
             sampling=SamplingParams(temperature=temperature, seed=length),
+            limit_policy=policy,
         )
         for length in (3, S, 1, P, 2, 17)  # more than slots
     ]
-    alone = [tokens(backend, [request], policy)[0] for request in requests]
-    assert tokens(backend, requests, policy) == alone
+    alone = [tokens(backend, [request])[0] for request in requests]
+    assert tokens(backend, requests) == alone
     for request, ids in zip(requests, alone, strict=True):
         assert len(ids) == (2 * S if policy == "roll" else S + 1 - len(request.prompt_ids))
 
@@ -243,7 +244,7 @@ def test_requests_in_a_batch_give_the_ids_they_give_alone(
 def test_a_request_that_comes_later_changes_none(backend: Backend):
     first = Request(prompt_ids=tuple(random_ids(4, seed=1)), max_new_tokens=20)
     second = Request(prompt_ids=tuple(random_ids(20, seed=2)), max_new_tokens=8)
-    alone = [tokens(backend, [request], "stop")[0] for request in (first, second)]
+    alone = [tokens(backend, [request])[0] for request in (first, second)]
     scheduler = Scheduler(backend, None)
     scheduler.submit(first)
     scheduler.step()
@@ -266,11 +267,11 @@ def test_any_mix_of_requests_gives_the_tokens_of_eager(
             prompt_ids=tuple(random_ids(data.draw(st.integers(1, S)), seed=index)),
             max_new_tokens=data.draw(st.integers(1, S + 9)),
             sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=index),
+            limit_policy=data.draw(st.sampled_from(["stop", "roll"])),
         )
         for index in range(data.draw(st.integers(1, 6)))
     ]
-    policy = data.draw(st.sampled_from(["stop", "roll"]))
-    assert tokens(backend, requests, policy) == tokens(eager, requests, policy)
+    assert tokens(backend, requests) == tokens(eager, requests)
 
 
 # What is refused, before anything is written

@@ -22,8 +22,8 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import load_backend
-from llamac.runtime.cli.commands import Session, generate_texts, sampling_request
-from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.cli.commands import generate_texts
+from llamac.runtime.language_model import LanguageModel
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 CONFIG = LlamaConfig(
@@ -110,7 +110,7 @@ def test_text_is_prompt_and_continuation(run, tiny: Path):
         r"weights .* KiB, cache .* KiB, RoPE .* .float32, batch 1, max_seq_len 32.", lines[0]
     )
     assert re.match(
-        r"\[torch-eager/cpu\] load .* s \| .* TTFT .* s \| .* decode .* tok/s", lines[1]
+        r"\[torch-eager/cpu\] seed \d+ \| load .* s \| .* TTFT .* s \| .* decode .* tok/s", lines[1]
     )
 
 
@@ -124,6 +124,7 @@ def test_json_shape(run, tiny: Path):
         "ids",
         "text",
         "finish_reason",
+        "seed",
         "logprobs",
         "top_logprobs",
         "timing",
@@ -161,7 +162,7 @@ def test_several_prompts_of_every_kind(run, tiny: Path, tmp_path: Path, monkeypa
         *eager(tiny, "--prompt", "a", "--prompt", "-", "--prompt-file", str(file), *words)
     )
     results = json.loads(out)
-    prompts = ["a", "stdin é", "of a file\n"]
+    prompts = ["a", "stdin é", "of a file"]  # the newline that ends a file is not the text's
     tokenizer = load_tokenizer(tiny)
     assert [result["prompt_ids"] for result in results] == [tokenizer.encode(p) for p in prompts]
     for prompt, result in zip(prompts, results, strict=True):
@@ -293,7 +294,7 @@ def test_init_writes_what_was_asked(run, tmp_path: Path, monkeypatch):
         (("--batch-size", "0"), "batch_size is 0; it must be at least 1"),
         (("--prefill-len", "0"), "prefill_len is 0; it must be between 1 and max_seq_len, 32"),
         (("--prefill-len", "33"), "prefill_len is 33; it must be between 1 and max_seq_len, 32"),
-        (("--threads", "0"), "--threads is 0; it must be at least 1"),
+        (("--threads", "0"), "threads is 0; it must be between 1 and 1024"),
         (("--prompt", "x" * 32), "prompt has 33 tokens, max_seq_len is 32; shorten the prompt"),
         (("--prompt", "a", "--prompt", "x" * 99), "prompt has 100 tokens, max_seq_len is 32"),
         (("--prompt", "\udcff"), "--prompt .*: not UTF-8 text"),
@@ -454,15 +455,10 @@ def test_an_interrupt_loses_no_token(tiny: Path, capsys, as_json: bool):
     backend = load_backend(tiny, compile=False, max_seq_len=32, prefill_len=8).backend
     tokenizer = load_tokenizer(tiny)
     handler = signal.getsignal(signal.SIGINT)
-    session = Session(backend=_Interrupted(backend), tokenizer=tokenizer, name="x", startup={})
-    code = generate_texts(
-        session,
-        ["ab", "waits for a slot"],
-        make_request=sampling_request(SamplingParams(temperature=0.0)),
-        limit_policy="stop",
-        eos_ids=(),
-        as_json=as_json,
-    )
+    model = LanguageModel(_Interrupted(backend), tokenizer, name="x")
+    texts = ["ab", "waits for a slot"]
+    requests = [model.request(text, temperature=0.0, eos_ids=()) for text in texts]
+    code = generate_texts(model, texts, requests, as_json=as_json)
     assert code == 130
     assert signal.getsignal(signal.SIGINT) == handler
     out = capsys.readouterr().out
@@ -495,7 +491,7 @@ def test_ctrl_c_keeps_the_text_so_far(tiny: Path):
     assert out.endswith("\n")
     lines = err.splitlines()
     assert len(lines) == 2  # the sizes and the speed
-    assert lines[1].startswith("[torch-eager/cpu] load ")
+    assert lines[1].startswith("[torch-eager/cpu] seed ")
 
 
 def test_a_closed_pipe_ends_quietly(tiny: Path):

@@ -51,8 +51,8 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
             (done,) = generate(single, None, [Request(prompt_ids=prompt(length))])
             assert done.finish_reason == "length"
             assert len(done.ids) == ROWS + 1 - length
-    rolled = Request(prompt_ids=prompt(3), max_new_tokens=301)
-    (done,) = generate(single, None, [rolled], limit_policy="roll")
+    rolled = Request(prompt_ids=prompt(3), max_new_tokens=301, limit_policy="roll")
+    (done,) = generate(single, None, [rolled])
     assert len(done.ids) == 301  # the window rolled many times
     assert dict(counters["stats"]) == before
     assert not counters["graph_break"]
@@ -115,7 +115,10 @@ def test_unrolled_layers_equal_the_shared_region():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
     request = Request(
-        prompt_ids=prompt(10), max_new_tokens=3 * ROWS, sampling=SamplingParams(temperature=0.0)
+        prompt_ids=prompt(10),
+        max_new_tokens=3 * ROWS,
+        sampling=SamplingParams(temperature=0.0),
+        limit_policy="roll",
     )
     results = []
     for device in ("cpu", "cuda"):
@@ -123,7 +126,7 @@ def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
         backend = TorchBackend(
             model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=device == "cuda"
         )
-        results.append(generate(backend, None, [request], limit_policy="roll")[0].ids)
+        results.append(generate(backend, None, [request])[0].ids)
         num_steps = -(-10 // CHUNK) + 3 * ROWS - 1
         assert backend.num_replays == (num_steps if device == "cuda" else 0)
     assert results[0] == results[1]

@@ -216,7 +216,8 @@ def test_the_cache_stays_where_it_is(backend: OrtBackend):
     assert len(set(addresses)) == 2 * 3
     assert all(address % 64 == 0 for address in addresses)
     assert not any(array.any() for array in arrays)  # zeros
-    generate(backend, None, [Request(prompt_ids=(1, 2), max_new_tokens=S)], limit_policy="roll")
+    rolled = Request(prompt_ids=(1, 2), max_new_tokens=S, limit_policy="roll")
+    generate(backend, None, [rolled])
     assert backend._cache.pointers() == addresses
     assert all(array[0].any() for array in arrays)  # what was bound is what was written
 
@@ -249,8 +250,8 @@ def test_a_step_runs_the_nodes_of_the_graph_and_copies_nothing(
     profiled: None, bundle: Manifest, target: str, capfd: pytest.CaptureFixture[str]
 ):
     backend = open_backend(bundle, target)
-    request = Request(prompt_ids=tuple(random_ids(P + 2)), max_new_tokens=S)
-    generate(backend, None, [request], limit_policy="roll")
+    request = Request(prompt_ids=tuple(random_ids(P + 2)), max_new_tokens=S, limit_policy="roll")
+    generate(backend, None, [request])
     cache_bytes = B * backend._cache.slot_bytes
     for role, graph in (("decode", backend._decode), ("prefill", backend._prefill[P])):
         profile = json.loads(Path(graph._session.end_profiling()).read_text())

@@ -53,10 +53,10 @@ def backends(
 
 
 def assert_same(
-    backends: dict[str, Backend], tokenizer: Tokenizer, requests: list[Request], limit_policy
+    backends: dict[str, Backend], tokenizer: Tokenizer, requests: list[Request]
 ) -> list[Completion]:
     results = {
-        name: generate(backend, tokenizer, requests, limit_policy=limit_policy, eos_ids=())
+        name: generate(backend, tokenizer, requests, eos_ids=())
         for name, backend in backends.items()
     }
     first = results["eager"]
@@ -78,11 +78,14 @@ def test_three_prompts_in_one_batch(
         sampling = SamplingParams(temperature=temperature, top_p=0.9, seed=seed)
         requests = [
             Request(
-                prompt_ids=tuple(tokenizer.encode(prompt)), max_new_tokens=150, sampling=sampling
+                prompt_ids=tuple(tokenizer.encode(prompt)),
+                max_new_tokens=150,
+                sampling=sampling,
+                limit_policy=limit_policy,
             )
             for prompt in PROMPTS
         ]
-        completions = assert_same(backends, tokenizer, requests, limit_policy)
+        completions = assert_same(backends, tokenizer, requests)
         texts |= {done.text for done in completions}
         for done in completions:
             full = SIZES["max_seq_len"] + 1 - len(done.prompt_ids)

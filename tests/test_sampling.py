@@ -23,6 +23,14 @@ def sampler(vocab_size: int = VOCAB_SIZE, **params) -> Sampler:
 # --- against transformers ---
 
 
+def probabilities(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
+    """The distribution that `sample` draws from, [V] float64."""
+    ids, weights = sampler._candidates(logits)
+    result = np.zeros(logits.size)
+    result[ids] = weights / weights.sum()
+    return result
+
+
 def reference_probabilities(
     logits: np.ndarray, params: SamplingParams, prompt_ids: list[int]
 ) -> np.ndarray:
@@ -71,7 +79,7 @@ def test_probabilities_equal_transformers(values, size):
     for seed in range(3):
         logits = random_logits(seed, size)
         expected = reference_probabilities(logits, params, prompt_ids)
-        ours = Sampler(params, size, prompt_ids=prompt_ids).probabilities(logits)
+        ours = probabilities(Sampler(params, size, prompt_ids=prompt_ids), logits)
         np.testing.assert_array_equal(ours > 0, expected > 0)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=PROBABILITY_ATOL)
 
@@ -93,8 +101,8 @@ temperatures = st.floats(0.01, 10)
 @given(row=logit_rows, temperature=temperatures, top_p=st.floats(1e-9, 0.999999))
 def test_top_p_is_the_smallest_set_by_sorting(row, temperature, top_p):
     logits = np.array(row, np.float32)
-    ours = sampler(len(row), temperature=temperature, top_p=top_p).probabilities(logits)
-    every = sampler(len(row), temperature=temperature).probabilities(logits)
+    ours = probabilities(sampler(len(row), temperature=temperature, top_p=top_p), logits)
+    every = probabilities(sampler(len(row), temperature=temperature), logits)
     kept = set(np.flatnonzero(ours))
     # In float64, from the largest down: logits that are one number there are equally likely.
     with np.errstate(over="ignore"):
@@ -120,7 +128,7 @@ def test_top_p_of_a_big_vocabulary_equals_a_full_sort(seed, scale, levels, top_p
     if levels:
         logits = np.round(logits * levels) / levels
     logits = (logits * scale).astype(np.float32)
-    ours = sampler(5000, temperature=1.0, top_p=top_p).probabilities(logits)
+    ours = probabilities(sampler(5000, temperature=1.0, top_p=top_p), logits)
     weights = np.exp(logits.astype(np.float64) - logits.max())
     order = np.argsort(-logits, kind="stable")
     sums = np.cumsum(weights[order])
@@ -133,7 +141,7 @@ def test_top_p_of_a_big_vocabulary_equals_a_full_sort(seed, scale, levels, top_p
 @given(row=logit_rows, k=st.integers(1, 70))
 def test_top_k_keeps_k_with_ties_to_the_lower_id(row, k):
     logits = np.array(row, np.float32)
-    kept = np.flatnonzero(sampler(len(row), temperature=1.0, top_k=k).probabilities(logits))
+    kept = np.flatnonzero(probabilities(sampler(len(row), temperature=1.0, top_k=k), logits))
     ranked = sorted(range(len(row)), key=lambda i: (-logits[i], i))[:k]
     assert set(kept) == {i for i in ranked if logits[i] > -math.inf}
 
@@ -152,10 +160,10 @@ def test_a_sample_is_always_a_kept_id(row, temperature, top_k, top_p, min_p, see
     draw = sampler(
         len(row), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    probabilities = draw.probabilities(logits)
+    distribution = probabilities(draw, logits)
     token_id = draw.sample(logits, position)
     assert type(token_id) is int
-    assert probabilities[token_id] > 0
+    assert distribution[token_id] > 0
     assert logits[token_id] > -math.inf
 
 
@@ -175,7 +183,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
 def test_ids_past_the_tokenizer_are_never_drawn():
     logits = np.array([1, 2, 3, 50, 60], np.float32)
     params = SamplingParams(temperature=1.0)
-    assert np.flatnonzero(Sampler(params, 5, allowed_size=3).probabilities(logits)).tolist() == [
+    assert np.flatnonzero(probabilities(Sampler(params, 5, allowed_size=3), logits)).tolist() == [
         0,
         1,
         2,
@@ -250,7 +258,7 @@ def test_seed_and_sample_index_both_change_the_draws():
 def test_frequencies_follow_the_probabilities():
     logits = np.array([2, 1, 0.5, 0, 0, -1, -2, -9], np.float32)
     draw = sampler(8, temperature=1.3, top_p=0.97, seed=11)
-    expected = draw.probabilities(logits) * 20_000
+    expected = probabilities(draw, logits) * 20_000
     counts = np.bincount([draw.sample(logits, p) for p in range(20_000)], minlength=8)
     kept = expected > 0
     assert not counts[~kept].any()

@@ -1,5 +1,5 @@
 import hashlib
-from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamac.runtime.backend import StaticShape
+from llamac.runtime.chunks import next_chunk
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
-from llamac.runtime.scheduler import Request, Scheduler, generate, next_chunk, stream
+from llamac.runtime.scheduler import (
+    Request,
+    Scheduler,
+    generate,
+    run_requests,
+    stream,
+)
 from llamac.runtime.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 64
@@ -161,8 +168,8 @@ def letters():
 def test_chunk_edges(length, sampling, limit_policy):
     # S = 23 isn't a multiple of P = 4: the last chunk of a prompt past 20 moves back to row 19.
     backend = HashBackend(max_seq_len=23)
-    asked = request(length, sampling=sampling, max_new_tokens=100)
-    (got,) = generate(backend, None, [asked], limit_policy=limit_policy)
+    asked = request(length, sampling=sampling, max_new_tokens=100, limit_policy=limit_policy)
+    (got,) = generate(backend, None, [asked])
     end = 23 if limit_policy == "stop" else 40
     ids, reason, _ = expected(asked, max_seq_len=23, end=end)
     assert (got.ids, got.finish_reason) == (ids, reason)
@@ -202,7 +209,6 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
     num_positions = max_seq_len + data.draw(st.integers(0, 2 * max_seq_len), "rows past S")
     lens = data.draw(st.sets(st.integers(1, max_seq_len), min_size=1, max_size=3), "P")
     batch = data.draw(st.integers(1, 4), "B")
-    policy = data.draw(st.sampled_from(["stop", "roll"]))
     scheduler = Scheduler(
         HashBackend(
             batch=batch,
@@ -211,8 +217,8 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
             num_positions=num_positions,
         ),
         None,
-        limit_policy=policy,
         eos_ids=(EOS_ID,),
+        keep_prefixes=data.draw(st.booleans()),
     )
     asked, events = {}, []
     for seed in range(data.draw(st.integers(1, 6), "requests")):
@@ -221,6 +227,7 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
             seed,
             sampling=data.draw(st.sampled_from([GREEDY, SEEDED])),
             max_new_tokens=data.draw(st.integers(1, 30)),
+            limit_policy=data.draw(st.sampled_from(["stop", "roll"])),
         )
         asked[scheduler.submit(one)] = one
         for _ in range(data.draw(st.integers(0, 6), "steps before the next")):
@@ -229,8 +236,8 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
             scheduler.cancel(data.draw(st.sampled_from(sorted(asked))))
     events += run(scheduler)
     assert sorted(e.request_id for e in events if e.finish_reason) == sorted(asked)
-    end = max_seq_len if policy == "stop" else num_positions
     for request_id, got in completions(events).items():
+        end = max_seq_len if asked[request_id].limit_policy == "stop" else num_positions
         ids, reason, _ = expected(
             asked[request_id], max_seq_len=max_seq_len, end=end, eos_ids=(EOS_ID,)
         )
@@ -455,15 +462,16 @@ def test_text_is_complete_and_held_back_characters_come_at_the_end():
     ],
 )
 def test_lengths(limit_policy, length, max_new_tokens, num_new):
-    asked = request(length, max_new_tokens=max_new_tokens)
-    (got,) = generate(HashBackend(), None, [asked], limit_policy=limit_policy)
+    asked = request(length, max_new_tokens=max_new_tokens, limit_policy=limit_policy)
+    (got,) = generate(HashBackend(), None, [asked])
     assert len(got.ids) == num_new
     assert got.finish_reason == "length"
 
 
 def test_roll_sees_the_last_s_positions_beside_neighbours():
-    requests = [request(n, n, max_new_tokens=99, sampling=SEEDED) for n in (24, 1, 13, 24, 7)]
-    done = generate(HashBackend(batch=2), None, requests, limit_policy="roll")
+    options = {"max_new_tokens": 99, "sampling": SEEDED, "limit_policy": "roll"}
+    requests = [request(n, n, **options) for n in (24, 1, 13, 24, 7)]
+    done = generate(HashBackend(batch=2), None, requests)
     for asked, got in zip(requests, done, strict=True):
         assert got.ids == expected(asked, end=40)[0]
 
@@ -525,12 +533,12 @@ def test_stream_gives_one_request_as_it_happens():
 
 def test_closing_a_stream_cancels_its_request_only():
     scheduler = Scheduler(HashBackend(batch=1), None)
-    inbox = deque()
-    scheduler.submit(request(6, 1), inbox=inbox)
+    inbox = []
+    scheduler.submit(request(6, 1), sink=inbox.append)
     events = stream(scheduler, request(5))
     next(events)
     events.close()
-    scheduler.submit(request(3, 2), inbox=inbox)
+    scheduler.submit(request(3, 2), sink=inbox.append)
     assert run(scheduler) == []
     assert [e.completion.ids for e in inbox if e.completion] == [
         expected(request(6, 1))[0],
@@ -584,22 +592,96 @@ def test_what_was_generated_is_kept_after_an_interrupt():
     assert scheduler.idle
 
 
-def test_nan_logits_are_refused_and_the_others_go_on():
+def test_a_row_of_nan_ends_its_request_and_no_other():
+    # Rows were taken in the order of slots and the first error ended the step: the slots behind
+    # the broken one never got a token, and the error named nobody.
     class Broken(HashBackend):
         def decode(self, ids, positions):
             logits = super().decode(ids, positions)
             logits[1] = np.nan
             return logits
 
-    scheduler = Scheduler(Broken(batch=2), None)
-    for n in (3, 4):
-        scheduler.submit(request(n, n))
-    with pytest.raises(ValueError, match="the largest logit is nan"):
-        run(scheduler)
-    scheduler.cancel(1)
-    done = completions(run(scheduler))
-    assert done[0].ids == expected(request(3, 3))[0]
-    assert done[1].finish_reason == "cancelled"
+    requests = [request(n, n) for n in (3, 4, 5, 6)]
+    done = generate(Broken(batch=4), letters(), requests, eos_ids=())
+    for n in (0, 2, 3):
+        assert done[n].ids == expected(requests[n], allowed_size=63)[0]
+        assert done[n].error is None
+    assert done[1].finish_reason == "error"
+    assert len(done[1].ids) == 1
+    assert "the largest logit is nan" in done[1].error
+
+
+# --- many callers ---
+
+
+def test_eight_threads_get_what_each_gets_alone():
+    scheduler = Scheduler(HashBackend(batch=3), letters(), eos_ids=(), keep_prefixes=True)
+    asked = [[request(1 + n % 9, n, sampling=SEEDED) for n in range(t, t + 6)] for t in range(8)]
+
+    def call(mine):
+        whole = run_requests(scheduler, mine[:3])
+        pieces = [[event.text for event in stream(scheduler, one)] for one in mine[3:]]
+        return [done.text for done in whole] + ["".join(texts) for texts in pieces]
+
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(call, asked))
+    for mine, texts in zip(asked, got, strict=True):
+        alone = generate(HashBackend(batch=1), letters(), mine, eos_ids=())
+        assert texts == [done.text for done in alone]
+    assert scheduler.idle
+
+
+def test_requests_beside_a_stream():
+    scheduler = Scheduler(HashBackend(batch=2), None)
+    events = stream(scheduler, request(3, 1))
+    first = [next(events) for _ in range(3)]
+    (beside,) = run_requests(scheduler, [request(5, 2)])  # used to write over the stream's rows
+    assert beside.ids == expected(request(5, 2))[0]
+    rest = list(events)
+    assert [e.token_id for e in first + rest] == expected(request(3, 1))[0]
+
+
+def test_what_waits_costs_its_prompt_alone():
+    # Sampler and decoder were made when a request was queued: 90 kB each for 128k ids.
+    scheduler = Scheduler(HashBackend(batch=1), letters())
+    for n in range(100):
+        scheduler.submit(request(2, n))
+    assert all(live.sampler is None and live.decoder is None for live in scheduler._queue)
+
+
+# --- rows that are kept ---
+
+
+def test_a_prompt_starts_where_a_free_slot_ends_like_it():
+    backend = HashBackend(batch=2)
+    scheduler = Scheduler(backend, None, keep_prefixes=True)
+    (first,) = run_requests(scheduler, [request(6, 1)])
+    again = Request(
+        prompt_ids=(*first.prompt_ids, *first.ids, 5, 6), max_new_tokens=4, sampling=GREEDY
+    )
+    other = request(3, 2)
+    done = run_requests(scheduler, [other, again])
+    assert [d.num_reused for d in done] == [0, 13]  # the last token of the first was never fed
+    assert [d.ids for d in done] == [expected(other)[0], expected(again)[0]]
+
+
+def test_an_idle_slot_is_fed_behind_what_it_keeps():
+    backend = HashBackend(batch=2)
+    scheduler = Scheduler(backend, None, keep_prefixes=True)
+    long, short = request(9, 1, max_new_tokens=2), request(2, 2)
+    run_requests(scheduler, [long])
+    run_requests(scheduler, [short])  # in slot 1 or 0; the other keeps its rows
+    (again,) = run_requests(scheduler, [long])
+    assert again.ids == expected(long)[0]
+
+
+def test_a_window_that_rolled_is_not_kept():
+    scheduler = Scheduler(HashBackend(batch=1), None, keep_prefixes=True)
+    rolled = request(6, 1, max_new_tokens=30, limit_policy="roll")
+    run_requests(scheduler, [rolled])
+    (again,) = run_requests(scheduler, [rolled])
+    assert again.num_reused == 0
+    assert again.ids == expected(rolled, end=40)[0]
 
 
 # --- what is refused ---
@@ -608,11 +690,13 @@ def test_nan_logits_are_refused_and_the_others_go_on():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt_ids": ()}, "prompt_ids is empty"),
+        ({"prompt_ids": ()}, "the prompt has no token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"stop": ("a", "")}, "stop is"),
         ({"stop": "abc"}, "stop is 'abc'"),
         ({"logprobs": -1}, "logprobs is -1"),
+        ({"sample_index": -1}, "sample_index is -1"),
+        ({"limit_policy": "slide"}, 'limit_policy is \'slide\'; it must be "stop" or "roll"'),
     ],
 )
 def test_bad_requests(values, message):
@@ -628,7 +712,6 @@ def test_requests_this_backend_cannot_run():
         (Request(prompt_ids=(1, 64)), "vocab_size is 64"),
         (Request(prompt_ids=(1, -1)), "ids from -1 to 1"),
         (request(2, stop=("x",)), "stop texts need a tokenizer"),
-        (request(2, sample_index=-1), "sample_index is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             scheduler.submit(bad)
@@ -636,8 +719,3 @@ def test_requests_this_backend_cannot_run():
             generate(backend, None, [request(2), bad])
     assert scheduler.idle
     assert backend.calls == []
-
-
-def test_an_unknown_limit_policy():
-    with pytest.raises(ValueError, match='limit_policy is \'slide\'; it must be "stop" or "roll"'):
-        Scheduler(HashBackend(), None, limit_policy="slide")

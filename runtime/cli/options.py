@@ -3,156 +3,213 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..ort.providers import PROVIDERS
+from .terminal import one_line
 
-__all__ = ["OneLineParser", "build_parser"]
-
+__all__ = ["OneLineParser", "parse_words"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_SOURCE_HELP = "checkpoint, bundle, or name in the Hugging Face cache (default: the demo model)"
+
+Command = Callable[[argparse.Namespace], int]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose help shows defaults."""
+
+    def __init__(self, *, example: str = "", **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        epilog = f"example:\n  {example}" if example else None
+        super().__init__(epilog=epilog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and ends with 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
 
-def build_parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
-    """Builds the parser of all commands.
+def parse_words(words: Sequence[str], run: Mapping[str, Command]) -> argparse.Namespace:
+    """Parses a command line; what is wrong ends the process with one line and code 2.
 
     Args:
+        words: After `llamac`.
         run: Command name to the function that runs it.
 
     Returns:
-        A parser whose result has the chosen function as `run`; its errors are one line.
+        The options, the chosen function as `run`.
     """
-    parser = OneLineParser(prog="llamac", description="A compiler for LLaMA checkpoints.")
+    parser, commands = _build_parser(run)
+    for word in words:  # argparse would take the value for the end of the options
+        if word.startswith("--") and word.endswith("=--"):
+            parser.error(f"{word[:-3]} has the value '--'; give another")
+    args, rest = parser.parse_known_args(words)
+    # argparse gives up on positional words that come after an option.
+    more = [word for word in rest if not word.startswith("-")]
+    if len(more) < len(rest) or not hasattr(args, "words"):
+        if rest:
+            wrong = next((word for word in rest if word.startswith("-")), rest[0])
+            commands[args.command].error(f"unrecognized arguments: {wrong}")
+    elif more:
+        args.words += more
+    return args
+
+
+def _build_parser(
+    run: Mapping[str, Command],
+) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    parser = OneLineParser(
+        prog="llamac",
+        description="A compiler for LLaMA checkpoints.",
+        example='llamac generate ./Llama-3.2-1B "The sea is"',
+    )
     parser.add_argument("--version", action="version", version=f"llamac {version('llamac')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", dest="command"
+    )
+    verbose = OneLineParser(add_help=False)
+    verbose.add_argument(
+        "--verbose", action="store_true", help="show what libraries log, and tracebacks"
+    )
 
-    generate = commands.add_parser("generate", help="continue prompts with torch")
-    _add_torch_options(generate)
-    _add_prompt_options(generate)
-    _add_sampling_options(generate)
-    generate.set_defaults(run=run["generate"])
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name, help=text, description=text, example=example, parents=[verbose]
+        )
+        command.set_defaults(run=run[name])
+        return command
 
-    talk = commands.add_parser("chat", help="talk with a model, line by line")
-    _add_torch_options(talk)
-    _add_sampling_options(talk)
-    talk.add_argument("--system", metavar="TEXT", help="system message")
-    talk.add_argument("--chat-template", type=Path, metavar="FILE", help="jinja template")
-    talk.set_defaults(run=run["chat"])
-
-    score = commands.add_parser("score", help="perplexity of a text")
-    _add_torch_options(score)
-    score.add_argument("--text-file", type=Path, required=True, metavar="FILE")
-    score.add_argument("--json", action="store_true", help="also each token's logprob")
-    score.set_defaults(run=run["score"])
-
-    _add_bundle_commands(commands, run)
-
-    init = commands.add_parser("init", help="write a checkpoint with random weights")
+    _add_text_commands(add)
+    _add_bundle_commands(add)
+    init = add(
+        "init", "write a checkpoint with random weights", "llamac init OUT --preset llama-7b"
+    )
     init.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     init.add_argument("--preset", required=True, metavar="NAME", help="such as tinyllama-1.1b")
-    init.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
-    init.add_argument("--seed", type=int, default=0)
-    init.add_argument("--shards", type=int, default=1, metavar="N")
-    init.add_argument("--num-hidden-layers", type=int, metavar="N", help="fewer layers")
-    init.set_defaults(run=run["init"])
+    init.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="(default: bfloat16)")
+    init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    init.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="files of weights (default: 1)"
+    )
+    init.add_argument("--num-hidden-layers", type=int, metavar="N", help="(default: the preset's)")
 
-    doctor = commands.add_parser("doctor", help="what each backend needs, and what is here")
+    doctor = add("doctor", "what each backend needs, and what is here", "llamac doctor")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    doctor.set_defaults(run=run["doctor"])
 
     # Its options are its own parser's: here no word is an option, so all of them are passed on.
-    bench = commands.add_parser(
+    bench = subparsers.add_parser(
         "bench", help="time backends and peers", add_help=False, prefix_chars="\0"
     )
     bench.add_argument("rest", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=run["bench"])
-    return parser
+    bench.set_defaults(run=run["bench"], verbose=False)
+    return parser, subparsers.choices
 
 
-def _add_bundle_commands(
-    commands: Any, run: Mapping[str, Callable[[argparse.Namespace], int]]
-) -> None:
-    export = commands.add_parser("export", help="write a bundle of ONNX graphs")
+def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    generate = add(
+        "generate",
+        "continue prompts",
+        'llamac generate ./Llama-3.2-1B "The sea is" --max-new-tokens 64 --temperature 0',
+    )
+    generate.add_argument(
+        "words", nargs="*", metavar="SOURCE, PROMPT", help=f"{_SOURCE_HELP}, then texts"
+    )
+    generate.add_argument("--model", metavar="SOURCE", help="then every word is a prompt")
+    infer = add(
+        "run", "continue prompts with a bundle, without torch", 'llamac run ./bundle "The sea is"'
+    )
+    infer.add_argument("words", nargs="+", metavar="BUNDLE, PROMPT", help="a folder, then texts")
+    generate.usage = "llamac generate [SOURCE [PROMPT ...]] [options]"
+    infer.usage = "llamac run BUNDLE [PROMPT ...] [options]"
+    for parser in (generate, infer):
+        _add_prompt_options(parser)
+        _add_sampling_options(parser)
+
+    talk = add("chat", "talk with a model", "llamac chat ./vicuna-7b --system 'Be brief.'")
+    talk.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    talk.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="jinja (default: the model's own)"
+    )
+    _add_sampling_options(talk)
+    score = add(
+        "score", "perplexity of a text", "llamac score ./Llama-3.2-1B --text-file essay.txt"
+    )
+    score.add_argument("--text-file", type=Path, required=True, metavar="FILE", help="UTF-8")
+    score.add_argument("--json", action="store_true", help="also each token's logprob")
+    for parser in (talk, score):
+        parser.usage = f"{parser.prog} [SOURCE] [options]"
+        parser.add_argument("words", nargs="*", metavar="SOURCE", help=_SOURCE_HELP)
+        parser.add_argument("--model", metavar="SOURCE", help="the same")
+    for parser in (generate, talk, score):
+        _add_torch_options(parser)
+    for parser in (generate, infer, talk, score):
+        _add_ort_options(parser)
+
+
+def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    export = add(
+        "export",
+        "write a bundle of ONNX graphs",
+        "llamac export ./Llama-3.2-1B ./bundle --target cpu --target tensorrt",
+    )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or name")
     export.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to make")
     export.add_argument(
         "--target", action="append", choices=tuple(PROVIDERS), help="repeatable (default: cpu)"
     )
-    export.add_argument("--dtype", choices=_DTYPES, help="of tensorrt and cuda; cpu is float32")
-    export.add_argument("--batch-size", type=int, default=1, metavar="B", help="cache slots")
+    export.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of tensorrt and cuda (default: the checkpoint's); cpu is float32",
+    )
+    export.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="cache slots (default: 1)"
+    )
     _add_shape_options(export)
-    export.set_defaults(run=run["export"])
 
-    infer = commands.add_parser("run", help="continue prompts with a bundle, without torch")
-    _add_bundle_options(infer)
-    infer.add_argument("--provider", choices=tuple(PROVIDERS), default="cpu")
-    infer.add_argument(
-        "--target", choices=tuple(PROVIDERS), help="graphs (default: the provider's)"
+    inspect = add("inspect", "what a bundle holds and needs", "llamac inspect ./bundle")
+    verify = add(
+        "verify", "a bundle's logits against the eager fp32 model", "llamac verify ./bundle"
     )
-    infer.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    infer.add_argument(
-        "--prepack", action="store_true", help="faster steps for a slow start and more memory"
-    )
-    infer.add_argument("--engine-cache", type=Path, metavar="DIR", help="of TensorRT engines")
-    _add_prompt_options(infer)
-    _add_sampling_options(infer)
-    infer.set_defaults(run=run["run"])
-
-    inspect = commands.add_parser("inspect", help="what a bundle holds and needs")
-    _add_bundle_options(inspect)
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of text")
-    inspect.set_defaults(run=run["inspect"])
-
-    verify = commands.add_parser("verify", help="a bundle's logits against the eager fp32 model")
-    _add_bundle_options(verify)
-    verify.add_argument("--against", metavar="CHECKPOINT", help="default: the bundle's weights")
+    for parser in (inspect, verify):
+        parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder")
+        parser.add_argument("--check", action="store_true", help="hash the weights too")
+        parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     verify.add_argument(
-        "--provider",
-        action="append",
-        choices=tuple(PROVIDERS),
-        help="repeatable (default: what runs)",
+        "--against", metavar="CHECKPOINT", help="reference (default: the bundle's weights)"
     )
+    for name in ("provider", "target"):
+        verify.add_argument(
+            f"--{name}",
+            action="append",
+            choices=tuple(PROVIDERS),
+            help="repeatable (default: what runs here)",
+        )
     verify.add_argument(
-        "--target",
-        action="append",
-        choices=tuple(PROVIDERS),
-        help="repeatable (default: what runs)",
+        "--text-file", type=Path, metavar="FILE", help="text to compare on (default: a story)"
     )
-    verify.add_argument("--text-file", type=Path, metavar="FILE", help="text to compare on")
     verify.add_argument("--engine-build", action="store_true", help="build TensorRT-RTX engines")
-    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    verify.set_defaults(run=run["verify"])
-
-
-def _add_bundle_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--check", action="store_true", help="hash the weights too")
 
 
 def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="PATH|NAME", help="checkpoint (default: the built-in demo model)"
+        "--backend",
+        choices=("compile", "eager", "ort"),
+        help="(default: compile for a checkpoint, ort for a bundle)",
     )
-    parser.add_argument("--backend", choices=("compile", "eager"), default="compile")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=_DTYPES)
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="cache slots")
-    _add_shape_options(parser)
+    group = parser.add_argument_group("of checkpoints")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
+    group.add_argument("--dtype", choices=_DTYPES, help="(default: the checkpoint's own)")
+    group.add_argument(
+        "--batch-size", type=int, metavar="B", help="cache slots (default: the prompts, at most 8)"
+    )
+    _add_shape_options(group)
 
 
-def _add_shape_options(parser: argparse.ArgumentParser) -> None:
+def _add_shape_options(parser: Any) -> None:
     parser.add_argument(
         "--max-seq-len",
         type=int,
@@ -164,29 +221,82 @@ def _add_shape_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ort_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one per core)"
+    )
+    group = parser.add_argument_group("of bundles")
+    providers = tuple(PROVIDERS)
+    group.add_argument("--provider", choices=providers, help="who runs (default: cpu)")
+    group.add_argument("--target", choices=providers, help="graphs (default: the provider's)")
+    group.add_argument(
+        "--prepack",
+        action="store_true",
+        default=None,
+        help="faster steps for a slow start and more memory",
+    )
+    group.add_argument(
+        "--engine-cache", type=Path, metavar="DIR", help="TensorRT engines (default: user's cache)"
+    )
+    group.add_argument("--device-id", type=int, metavar="N", help="which GPU (default: 0)")
+    group.add_argument("--check", action="store_true", default=None, help="hash the weights first")
+
+
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="repeatable; - is stdin"
+        "-p",
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="repeatable; - is standard input (default: BOS alone)",
     )
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="a text, or of .jsonl a prompt a line, with options of its own",
+    )
+    parser.add_argument(
+        "--special", action="store_true", help="special tokens' names in prompts are tokens"
+    )
+    parser.add_argument(
+        "-n", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--no-display-prompt", action="store_true", help="print the continuation alone"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives (JSON)")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
-    parser.add_argument("--stop-id", action="append", type=int, default=[], metavar="ID")
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument(
+    own = "the model's own, else"
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256)")
+    group.add_argument("--temperature", type=float, help=f"0 is greedy (default: {own} 0.8)")
+    group.add_argument("--top-k", type=int, metavar="K", help=f"(default: {own} 0, off)")
+    group.add_argument("--top-p", type=float, metavar="P", help=f"(default: {own} 1, off)")
+    group.add_argument("--min-p", type=float, metavar="P", help=f"(default: {own} 0, off)")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help=f"(default: {own} 1, off)"
+    )
+    group.add_argument("--seed", type=int, help="(default: drawn, and shown)")
+    group.add_argument(
+        "--ignore-generation-config",
+        action="store_true",
+        help="not the model's own sampling settings",
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable"
+    )
+    group.add_argument(
+        "--stop-id", action="append", type=int, default=[], metavar="ID", help="repeatable"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    group.add_argument(
         "--limit",
         choices=("stop", "roll"),
         default="stop",
-        help="what happens when the cache is full",
+        help="where the cache is full, stop or overwrite the oldest (default: stop)",
     )

@@ -73,6 +73,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         bos_id=bos[0] if bos else None,
         eos_ids=tuple(dict.fromkeys(eos)),
         special_ids=special_ids,
+        special_names={text: i for text, i in names.items() if i in special_ids},
     )
 
 

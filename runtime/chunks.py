@@ -1,0 +1,54 @@
+"""How a prompt is cut into the chunks that a backend of fixed sizes takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .backend import StaticShape
+
+__all__ = ["check_prompt", "next_chunk"]
+
+
+def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
+    """Refuses a prompt that a backend of this shape can't take.
+
+    Args:
+        prompt_ids: The prompt.
+        shape: The backend's.
+
+    Raises:
+        ValueError: The prompt is empty or doesn't fit the cache, or an id is outside the
+            vocabulary.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt has no token, and this model has no BOS; give a text")
+    if len(prompt_ids) > shape.max_seq_len:
+        raise ValueError(
+            f"prompt has {len(prompt_ids)} tokens, max_seq_len is {shape.max_seq_len}; "
+            "shorten the prompt or raise max_seq_len"
+        )
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < shape.vocab_size:
+        raise ValueError(
+            f"prompt has ids from {min(prompt_ids)} to {max(prompt_ids)}, vocab_size is "
+            f"{shape.vocab_size}; use the tokenizer of this model"
+        )
+
+
+def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
+    """Cuts the next chunk of a prompt.
+
+    With S = 10, P = 4 and a prompt of 9 the chunks are [0, 4), [4, 8) and [6, 9): a third one from
+    8 would have its padding run to row 12, so it begins at S - P and two ids are fed again.
+
+    Args:
+        prompt_len: Ids in the prompt, at most max_seq_len.
+        num_prefilled: How many of them are in the cache, fewer than prompt_len.
+        shape: The chunk lengths and the cache's.
+
+    Returns:
+        The chunk's first index and the one after its last.
+    """
+    remaining = prompt_len - num_prefilled
+    chunk_len = next((n for n in shape.prefill_lens if n >= remaining), shape.prefill_len)
+    start = min(num_prefilled, shape.max_seq_len - chunk_len)
+    return start, min(start + chunk_len, prompt_len)

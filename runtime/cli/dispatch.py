@@ -1,0 +1,290 @@
+"""From the words of a command line to what runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import secrets
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..backend import BackendUnavailableError
+from ..bundle.inspect import describe_bundle, print_bundle
+from ..bundle.manifest import open_bundle
+from ..chunks import check_prompt
+from ..language_model import RequestOptions
+from ..load import LoadOptions, Source, open_source
+from ..request import Request
+from ..sampling import SamplingParams
+from ..text.chat_template import ChatTemplate
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_files import load_tokenizer
+from .chat import chat
+from .commands import generate_texts, score_text
+from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
+from .input_text import checked_text, read_prompts, read_text, typed_lines
+from .options import parse_words
+from .terminal import LineFormatter, progress_bar, say, status
+
+__all__ = ["run"]
+
+_EXTRAS = {
+    "torch": "torch",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "transformers": "dev",
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_MAX_DEFAULT_BATCH = 8
+
+
+def run(words: Sequence[str]) -> int:
+    """Parses a command line and runs its command.
+
+    Args:
+        words: After `llamac`.
+
+    Returns:
+        The exit code; see llamac.runtime.cli.
+    """
+    args = parse_words(
+        words,
+        {
+            "generate": _generate,
+            "run": _generate,
+            "chat": _chat,
+            "score": _score,
+            "export": _export,
+            "inspect": _inspect,
+            "verify": _verify,
+            "doctor": _doctor,
+            "init": _init,
+            "bench": _bench,
+        },
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(verbose=args.verbose))
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler], force=True
+    )
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        problem = f"{error.name} is not installed; pip install 'llamac[{extra}]'"
+    except MemoryError:
+        problem = "not enough memory; ask for less, or close other programs"
+    except (
+        ValueError,
+        OSError,
+        OverflowError,
+        RecursionError,
+        BackendUnavailableError,
+    ) as error:
+        if args.verbose:
+            traceback.print_exc()
+        problem = str(error) or type(error).__name__
+    say(f"llamac: {problem}")
+    return 2
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options among these that the command line names."""
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _open_source(args: argparse.Namespace) -> Source:
+    """Takes the source, the first word unless --model names one, and opens it."""
+    source = getattr(args, "model", None)
+    if source is None and args.words:
+        source = args.words.pop(0)
+        if args.command == "generate" and " " in source and not Path(source).exists():
+            raise FileNotFoundError(
+                f"{source}: no such source; a text for the demo model is given as -p TEXT"
+            )
+    if args.command == "run":
+        open_bundle(str(source))  # says what is no bundle
+    options = LoadOptions(**_given(args, tuple(LoadOptions.__annotations__)))
+    return open_source(source, **options)
+
+
+def _request_options(args: argparse.Namespace) -> RequestOptions:
+    """What the command line asks of every request; bad options are refused here."""
+    sampling = _given(args, _SAMPLING)
+    sampling["seed"] = secrets.randbits(32) if args.seed is None else args.seed
+    logprobs = getattr(args, "logprobs", None)
+    if logprobs is not None and not args.json:
+        raise ValueError("--logprobs is printed as JSON only; add --json")
+    options: dict[str, Any] = {
+        **_given(args, ("max_new_tokens",)),
+        "stop": tuple(args.stop),
+        "stop_ids": tuple(args.stop_id),
+        "limit_policy": args.limit,
+        "eos_ids": () if args.ignore_eos else None,
+        "logprobs": logprobs,
+    }
+    Request(prompt_ids=(0,), sampling=SamplingParams(**sampling), **options)
+    return RequestOptions(**options, **sampling)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options = _request_options(args)
+    if args.n < 1:
+        raise ValueError(f"-n is {args.n}; it must be at least 1")
+    source = _open_source(args)
+    prompts = read_prompts([*args.words, *args.prompt], args.prompt_file)
+    tokenizer = load_tokenizer(source.folder)
+    default_batch = min(len(prompts) * args.n, _MAX_DEFAULT_BATCH)
+    shape = source.shape(default_batch=default_batch)
+    every_ids = [_encode(tokenizer, prompt.text, special=args.special) for prompt in prompts]
+    for ids in every_ids:
+        check_prompt(ids, shape)
+    with status() as progress:
+        model = source.load(
+            tokenizer=tokenizer,
+            default_batch=default_batch,
+            generation_config=not args.ignore_generation_config,
+            announce=say,
+            progress=progress,
+        )
+    requests, texts = [], []
+    for prompt, ids in zip(prompts, every_ids, strict=True):
+        for index in range(args.n):
+            own: Any = {**options, "sample_index": index, **prompt.options}
+            requests.append(model.request(ids, **own))
+            texts.append("" if args.no_display_prompt else prompt.text)
+    return generate_texts(model, texts, requests, as_json=args.json)
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
+    if not special and (found := tokenizer.specials_in(text)):
+        say(
+            f"warning: {found[0]} in the prompt is plain text; with --special it is the token "
+            "of that name"
+        )
+    return tokenizer.encode(text, special=special)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    options = _request_options(args)
+    system = None if args.system is None else checked_text(args.system, "--system")
+    source = _open_source(args)
+    template = ChatTemplate.load(source.folder, args.chat_template)
+    with status() as progress:
+        model = source.load(
+            generation_config=not args.ignore_generation_config,
+            keep_prefixes=True,
+            announce=say,
+            progress=progress,
+        )
+    return chat(
+        model,
+        template,
+        typed_lines(),
+        system=system,
+        make_request=lambda ids: model.request(ids, **options),
+    )
+
+
+def _score(args: argparse.Namespace) -> int:
+    text = read_text(args.text_file)
+    source = _open_source(args)
+    with status() as progress:
+        model = source.load(
+            all_logits=True, generation_config=False, announce=say, progress=progress
+        )
+    return score_text(model, text, as_json=args.json)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ...export import export_bundle
+    from ...model.checkpoint import open_checkpoint
+
+    with status() as progress:
+        manifest = export_bundle(
+            open_checkpoint(args.checkpoint),
+            args.bundle,
+            targets=args.target or ["cpu"],
+            batch_size=args.batch_size,
+            prefill_len=args.prefill_len,
+            max_seq_len=args.max_seq_len,
+            dtype=args.dtype,
+            progress=progress,
+        )
+    print_bundle(manifest)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    manifest = open_bundle(args.bundle, check=args.check)
+    if args.json:
+        print(json.dumps(describe_bundle(manifest)))
+    else:
+        print_bundle(manifest)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ...export.verification import format_verification, verification_json, write_report
+    from ...export.verify import verify_bundle
+
+    text = None if args.text_file is None else read_text(args.text_file)
+    manifest = open_bundle(args.bundle, check=args.check)
+    with status() as progress:
+        result = verify_bundle(
+            manifest,
+            against=args.against,
+            providers=args.provider or (),
+            targets=args.target or (),
+            text=text,
+            engine_build=args.engine_build,
+            progress=progress,
+        )
+    print(verification_json(result) if args.json else format_verification(result))
+    say(f"report: {write_report(result, manifest.folder)}")
+    return 0 if result.passed else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    try:
+        from ...model.doctor import torch_findings
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        found = without_torch()
+    else:
+        found = torch_findings()
+    diagnosis = examine(found)
+    print(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
+    return 0
+
+
+def _init(args: argparse.Namespace) -> int:
+    from ...model.checkpoint.random_weights import write_random_checkpoint
+
+    with progress_bar("writing weights") as progress:
+        write_random_checkpoint(
+            args.preset,
+            args.out,
+            dtype=args.dtype,
+            seed=args.seed,
+            shards=args.shards,
+            num_hidden_layers=args.num_hidden_layers,
+            progress=progress,
+        )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ...perf.bench import main as bench
+
+    return bench(args.rest)
