@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.typed_json import read_json
+from ..runtime.typed_json import check_bool, check_int, check_number, read_json, shown
+from .rope_scaling import RopeScaling, check_theta, named, read_rope
 
 __all__ = ["DTYPES", "LlamaConfig", "RopeScaling"]
 
@@ -23,6 +23,19 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+
+# Many times those of the largest published models; a tensor of two of them still has a size.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 2**31 - 1,
+}
+_LARGEST_ID = 2**31 - 1
 
 _USED = {
     *_SIZES,
@@ -42,6 +55,7 @@ _USED = {
     "bos_token_id",
     "eos_token_id",
     "original_max_position_embeddings",
+    "layer_types",
 }
 
 _IGNORED = {
@@ -64,65 +78,15 @@ _IGNORED = {
 
 # Keys that change what the model computes, with the values that leave it a plain LLaMA.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
+    "hidden_act": ("silu", "swish", None),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
-    "layer_types": (None,),
-    "attention_multiplier": (None, 1.0),
+    "attention_multiplier": (None, 1, 1.0),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-
-_ROPE_KEYS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched; keys and meaning are transformers'.
-
-    Attributes:
-        rope_type: "linear", "dynamic", "yarn" or "llama3".
-        factor: How many times longer the context became.
-        original_max_position_embeddings: Context length before stretching (yarn, llama3).
-        low_freq_factor: llama3: wavelengths above original / low_freq_factor are stretched.
-        high_freq_factor: llama3: wavelengths below original / high_freq_factor are kept.
-        attention_factor: yarn: multiplier of cos and sin; None derives it from the factor.
-        beta_fast: yarn: rotations above which a dimension is kept.
-        beta_slow: yarn: rotations below which a dimension is stretched.
-        mscale: yarn: numerator weight of the derived attention_factor.
-        mscale_all_dim: yarn: denominator weight of the derived attention_factor.
-        truncate: yarn: round the ramp's ends to whole dimensions.
-    """
-
-    rope_type: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("rope_type", "truncate") and value is not None:
-                _check_number(f"rope {field.name}", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +135,8 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        sizes = (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config: {name} is {value!r}; it must be a positive integer")
+        for name, most in _LARGEST.items():
+            check_int(f"config: {name}", getattr(self, name), most=most)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: num_attention_heads is {self.num_attention_heads}; it must be a multiple "
@@ -183,13 +144,18 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; it must be even")
-        _check_number("rms_norm_eps", self.rms_norm_eps)
-        _check_number("rope_theta", self.rope_theta)
-        ids = (self.bos_token_id, *self.eos_token_ids)
-        if any(type(token_id) is not int for token_id in ids if token_id is not None):
-            raise ValueError(f"config: special ids are {ids}; they must be integers")
+        check_number("config: rms_norm_eps", self.rms_norm_eps, most=1.0)
+        check_theta(self.rope_theta)
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            check_bool(f"config: {name}", getattr(self, name))
+        if self.bos_token_id is not None:
+            _check_id("bos_token_id", self.bos_token_id)
+        for token_id in self.eos_token_ids:
+            _check_id("eos_token_id", token_id)
         if self.dtype not in DTYPES:
-            raise ValueError(f"config: dtype is {self.dtype!r}; it must be one of {DTYPES}")
+            raise ValueError(
+                f"config: dtype is {shown(self.dtype)}; it must be one of {', '.join(DTYPES)}"
+            )
 
     @classmethod
     def from_json(cls, path: Path) -> LlamaConfig:
@@ -226,51 +192,40 @@ class LlamaConfig:
         """
         if data.get("model_type") != "llama":
             raise ValueError(
-                f"config: model_type is {data.get('model_type')!r}; only 'llama' is supported"
+                f"config: model_type is {shown(data.get('model_type'))}; only 'llama' is supported"
             )
         for key, neutral in _REFUSED.items():
-            if key in data and data[key] not in neutral:
+            if not any(_is_same(data.get(key), value) for value in neutral):
                 raise ValueError(
-                    f"config: {key} is {data[key]!r}; only {neutral[0]!r} is supported"
+                    f"config: {key} is {shown(data[key])}; only {neutral[0]!r} is supported"
                 )
         missing = [name for name in _SIZES if data.get(name) is None]
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing; a LLaMA config states it")
-        unknown = sorted(data.keys() - _USED - _IGNORED - _REFUSED.keys())
-        if unknown:
-            logger.warning("config: unknown keys ignored: %s", ", ".join(unknown))
+        _check_layer_types(data)
+        if unknown := data.keys() - _USED - _IGNORED - _REFUSED.keys():
+            logger.warning("config: unknown keys ignored: %s", named(sorted(unknown)))
 
         def get(key: str, default: Any) -> Any:
             value = data.get(key)
             return default if value is None else value
 
-        rope_theta, rope_scaling = _read_rope(data, get("max_position_embeddings", 2048))
-        eos = get("eos_token_id", ())
-        if "eos_token_id" not in data:
-            eos = 2
-        dtype = str(get("dtype", get("torch_dtype", "float32"))).removeprefix("torch.")
-        num_heads = data["num_attention_heads"]
-        head_dim = data.get("head_dim")
-        sizes_are_int = isinstance(data["hidden_size"], int) and isinstance(num_heads, int)
-        if head_dim is None and sizes_are_int and num_heads > 0:
-            if data["hidden_size"] % num_heads:
-                raise ValueError(
-                    f"config: hidden_size is {data['hidden_size']}; without head_dim it must be a "
-                    f"multiple of num_attention_heads, {num_heads}"
-                )
-            head_dim = data["hidden_size"] // num_heads
+        max_positions = get("max_position_embeddings", 2048)
+        rope_theta, rope_scaling = read_rope(data, max_positions)
+        eos = get("eos_token_id", ()) if "eos_token_id" in data else 2
+        dtype = get("dtype", get("torch_dtype", "float32"))
         return cls(
             **{name: data[name] for name in _SIZES},
-            num_key_value_heads=get("num_key_value_heads", num_heads),
-            head_dim=get("head_dim", head_dim),
-            max_position_embeddings=get("max_position_embeddings", 2048),
+            num_key_value_heads=get("num_key_value_heads", data["num_attention_heads"]),
+            head_dim=_head_dim(data) if data.get("head_dim") is None else data["head_dim"],
+            max_position_embeddings=max_positions,
             rms_norm_eps=get("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            attention_bias=bool(get("attention_bias", False)),
-            mlp_bias=bool(get("mlp_bias", False)),
-            tie_word_embeddings=bool(get("tie_word_embeddings", False)),
-            dtype=dtype,
+            attention_bias=get("attention_bias", False),
+            mlp_bias=get("mlp_bias", False),
+            tie_word_embeddings=get("tie_word_embeddings", False),
+            dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
             bos_token_id=data.get("bos_token_id", 1),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         )
@@ -296,39 +251,37 @@ class LlamaConfig:
         }
 
 
-def _check_number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"config: {name} is {value!r}; it must be a positive number")
+def _is_same(value: object, other: object) -> bool:
+    """Equal and of one type: True is not 1."""
+    return type(value) is type(other) and value == other
 
 
-def _read_rope(data: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(data.get(key), dict | None):
-            raise ValueError(f"config: {key} is {data[key]!r}; it must be an object")
-        rope |= data.get(key) or {}
-    theta = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise ValueError("config: partial_rotary_factor is set; only 1.0 is supported")
-    if rope_type == "default":
-        return theta, None
-    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
+def _check_id(name: str, value: object) -> None:
+    check_int(f"config: {name}", value, least=-1, most=_LARGEST_ID)
+
+
+def _check_layer_types(data: dict[str, Any]) -> None:
+    types = data.get("layer_types")
+    if types is None:
+        return
+    full = "full_attention"
+    if not isinstance(types, list) or any(item != full for item in types):
+        raise ValueError(f"config: layer_types is {shown(types)}; only {full!r} is supported")
+    if len(types) != data["num_hidden_layers"]:
         raise ValueError(
-            f"config: rope type is {rope_type!r}; supported are default, {', '.join(_ROPE_KEYS)}"
+            f"config: layer_types has {len(types)} entries; num_hidden_layers is "
+            f"{shown(data['num_hidden_layers'])}"
         )
-    if rope_type in ("yarn", "llama3"):
-        rope["original_max_position_embeddings"] = (
-            data.get("original_max_position_embeddings")
-            or rope.get("original_max_position_embeddings")
-            or max_positions
+
+
+def _head_dim(data: dict[str, Any]) -> int:
+    width, num_heads = (
+        check_int(f"config: {name}", data[name], most=_LARGEST[name])
+        for name in ("hidden_size", "num_attention_heads")
+    )
+    if width % num_heads:
+        raise ValueError(
+            f"config: hidden_size is {width}; without head_dim it must be a multiple of "
+            f"num_attention_heads, {num_heads}"
         )
-    missing = [key for key in _ROPE_KEYS[rope_type] if rope.get(key) is None]
-    if missing:
-        raise ValueError(f"config: rope type {rope_type!r} needs {', '.join(missing)}")
-    known = {key: rope.pop(key) for key in RopeScaling.__dataclass_fields__ if key in rope}
-    if rope:
-        logger.warning("config: unknown rope keys ignored: %s", ", ".join(sorted(rope)))
-    return theta, RopeScaling(rope_type=rope_type, **known)
+    return width // num_heads

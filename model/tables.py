@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .config import LlamaConfig, RopeScaling
+from .config import LlamaConfig
+from .rope_scaling import RopeScaling
 
 __all__ = ["causal_mask", "check_rope_rows", "rope_bytes", "rope_tables"]
 
@@ -81,7 +82,7 @@ def causal_mask(positions: Tensor, num_tokens: int, max_seq_len: int) -> Tensor:
 
 def _inverse_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
     """[D/2] float32 radians per position, and the multiplier of cos and sin."""
-    dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    dim, theta, scaling = config.head_dim, float(config.rope_theta), config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     if scaling is None:
         return 1.0 / theta**exponents, 1.0
@@ -131,7 +132,7 @@ def _yarn(pos_freqs: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Te
     high = dimension_of(scaling.beta_slow or 1)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = float(max(low, 0)), float(min(high, dim - 1))
     if low == high:
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)

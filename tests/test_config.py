@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def test_a_config_without_a_size_is_refused(tmp_path: Path, name: str):
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is set"),
         ({"num_attention_heads": 5}, "without head_dim it must be a multiple"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads, 3"),
-        ({"vocab_size": "96"}, "vocab_size is '96'; it must be a positive integer"),
+        ({"vocab_size": "96"}, "vocab_size is '96'; it must be an integer from 1 to"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"head_dim": 7}, "head_dim is 7; it must be even"),
         ({"dtype": "float64"}, "dtype is 'float64'; it must be one of"),
@@ -190,6 +191,117 @@ def test_what_the_model_does_not_compute_is_refused(keys: dict, message: str):
 def test_values_of_the_wrong_type_are_refused_as_values(keys: dict):
     with pytest.raises(ValueError, match="config"):
         LlamaConfig.from_dict({**SIZES, **keys})
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("value", ["false", "no", 0, 1, 2.5, [0], {"a": 1}])
+def test_what_is_not_true_or_false_is_no_boolean(key: str, value: object):
+    """The text "false" used to count as true."""
+    with pytest.raises(ValueError, match=rf"config: {key} is .*; it must be true or false"):
+        LlamaConfig.from_dict({**SIZES, key: value})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+        ),
+        *("rope_scaling", "rope_parameters", "attention_bias", "tie_word_embeddings", "hidden_act"),
+        *("dtype", "torch_dtype", "layer_types", "sliding_window", "partial_rotary_factor"),
+    ],
+)
+def test_null_is_absent(key: str):
+    assert LlamaConfig.from_dict({**SIZES, key: None}) == LlamaConfig.from_dict(SIZES)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({key: 2**31} for key in ("max_position_embeddings", "eos_token_id", "bos_token_id")),
+        *({key: HUGE} for key in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")),
+        {"num_hidden_layers": 10**7},
+        {"num_attention_heads": HUGE},
+        {"num_key_value_heads": HUGE},
+        *({"rms_norm_eps": eps} for eps in (HUGE, 0, 2, math.nan, math.inf, "1e-5", True)),
+        *({"rope_theta": theta} for theta in (HUGE, 1, 0, False, -5.0, math.inf, "10000", {})),
+        *({"rope_scaling": {"type": "linear", "factor": f}} for f in (HUGE, 0, math.nan, True)),
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 2**64}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": -1}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "false"}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 0},
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+        {"rope_scaling": {"type": "", "factor": 2.0}},
+        {"rope_scaling": {"type": 0, "factor": 2.0}},
+        {"rope_scaling": [], "rope_parameters": False},
+        {"partial_rotary_factor": True},
+        {"use_sliding_window": 0},
+        {"eos_token_id": [2, None]},
+        {"eos_token_id": [True]},
+        {"bos_token_id": [1]},
+        {"dtype": "torch.torch.float16"},
+        {"dtype": {}},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": "full_attention"},
+    ],
+)
+def test_values_out_of_bounds_are_refused_in_a_short_line(keys: dict):
+    """They used to end in OverflowError, ZeroDivisionError, or errors of torch's allocator."""
+    with pytest.raises(ValueError, match=r"^config: ") as caught:
+        LlamaConfig.from_dict({**SIZES, **keys})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"vocab_size": "A" * 100_000},
+        {"model_type": "\x1b[31mred\u202e"},
+        {"rope_scaling": {"type": "\x1b[31m" * 1000, "factor": 2.0}},
+        {"hidden_act": ["silu" * 100] * 1000},
+        {"quantization_config": {"a" * 1000: "\x1b"}},
+    ],
+)
+def test_echoed_values_are_short_and_plain(keys: dict):
+    """A config used to write to the terminal, and lines of 100 kB."""
+    with pytest.raises(ValueError, match=r"^config: ") as caught:
+        LlamaConfig.from_dict({**SIZES, **keys})
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()
+
+
+def test_layers_that_all_attend_fully_are_plain():
+    """The key used to be refused whatever it said."""
+    keys = {"layer_types": ["full_attention"] * 2}
+    assert LlamaConfig.from_dict({**SIZES, **keys}) == LlamaConfig.from_dict(SIZES)
+
+
+def test_a_yarn_weight_of_zero_is_unset():
+    """It used to be refused; transformers takes it for absent."""
+    scaling = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0}
+    config = LlamaConfig.from_dict({**SIZES, "rope_scaling": scaling})
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.mscale_all_dim is None
+
+
+def test_many_unknown_keys_make_one_short_warning(caplog: pytest.LogCaptureFixture):
+    """All of them used to be listed: megabytes."""
+    odd = {"a\x1b[31m": 1, **{f"k{i}": i for i in range(1000)}}
+    with caplog.at_level(logging.WARNING):
+        LlamaConfig.from_dict({**SIZES, **odd, "rope_scaling": odd})
+    assert [len(record.getMessage()) < 200 for record in caplog.records] == [True, True]
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert "k0, k1, k10, k100, k101, k102, k103 and 993 more" in caplog.text
 
 
 def test_known_neutral_keys_are_silent_and_unknown_ones_warn(caplog: pytest.LogCaptureFixture):
