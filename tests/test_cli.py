@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.compiled import TorchBackend
 from llamac.model.config import LlamaConfig
 from llamac.model.load import load_backend
 from llamac.runtime.cli.commands import generate_texts
@@ -509,3 +510,155 @@ def test_a_closed_pipe_ends_quietly(tiny: Path):
     assert process.returncode == 141
     assert len(err.splitlines()) == 1
     assert err.startswith("weights ")
+
+
+# What people type
+
+
+def test_words_without_options(run, tiny: Path):
+    words = ("--max-new-tokens", "3", "--temperature", "0", "--backend", "eager", *SIZES, "--json")
+    _, named, _ = run("generate", "--model", tiny, "-p", "ab", *words)
+    for line in (("generate", tiny, "ab", *words), ("generate", *words, tiny, "ab")):
+        assert json.loads(run(*line)[1])["ids"] == json.loads(named)["ids"]
+    two = json.loads(run("generate", tiny, *words, "ab", "-p", "cd")[1])
+    assert [len(one["prompt_ids"]) for one in two] == [3, 3]
+
+
+def test_a_text_where_the_source_belongs(refused):
+    refused("Once upon: no such source; a text for the demo model", "generate", "Once upon")
+
+
+def test_samples_and_prompts_that_are_not_shown(run, tiny: Path):
+    words = ("--max-new-tokens", "4", "--ignore-eos", "--seed", "3", "--prompt", "ab", "-n", "3")
+    three = json.loads(run(*eager(tiny, *words, "--json"))[1])
+    assert len({tuple(one["ids"]) for one in three}) == 3
+    alone = json.loads(run(*eager(tiny, *words[:-2], "--json"))[1])
+    assert alone["ids"] == three[0]["ids"]
+    _, out, _ = run(*eager(tiny, *words[:-2], "--no-display-prompt"))
+    assert out == alone["text"] + "\n"
+
+
+def test_a_seed_is_drawn_and_shown(run, tiny: Path):
+    words = ("--max-new-tokens", "8", "--ignore-eos", "--prompt", "ab", "--json")
+    results = [json.loads(run(*eager(tiny, *words))[1]) for _ in range(2)]
+    assert results[0]["seed"] != results[1]["seed"]
+    assert results[0]["ids"] != results[1]["ids"]
+    again = run(*eager(tiny, *words, "--seed", str(results[0]["seed"])))[1]
+    assert json.loads(again)["ids"] == results[0]["ids"]
+
+
+def test_prompts_in_lines_of_json(run, refused, tiny: Path, tmp_path: Path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "ab", "max_new_tokens": 2, "temperature": 0}\n\n"cd"\n'
+        '{"prompt": "e", "stop_ids": [9], "seed": 4}\n'
+    )
+    words = ("--prompt-file", str(file), "--max-new-tokens", "3", "--ignore-eos", "--json")
+    results = json.loads(run(*eager(tiny, *words))[1])
+    assert [len(one["prompt_ids"]) for one in results] == [3, 3, 2]
+    assert len(results[0]["ids"]) == 2
+    assert results[2]["seed"] == 4
+    for line, message in (
+        ("[1]", "line 1: .1. is neither a text nor an object"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a", "beams": 4}', "line 1: unknown option 'beams'; allowed are max_new"),
+        ('{"prompt": "a", "top_k": true}', "line 1: top_k is True, not of its type"),
+        ('{"prompt": "a", "top_p": 3}', "top_p is 3; it must be in"),
+    ):
+        file.write_text(line)
+        refused(message, *eager(tiny, *words))
+
+
+def test_special_tokens_in_a_prompt(run, tiny: Path):
+    words = ("--prompt", "<s>ab</s>", "--max-new-tokens", "1", "--json")
+    _, out, err = run(*eager(tiny, *words))
+    assert 257 not in json.loads(out)["prompt_ids"]
+    assert "warning: <s> in the prompt is plain text; with --special it is the token" in err
+    _, out, err = run(*eager(tiny, *words, "--special"))
+    assert json.loads(out)["prompt_ids"][::3] == [256, 257]
+    assert "warning" not in err
+
+
+def test_a_stop_text_that_names_a_special_token(run, tiny: Path):
+    # Its text is never printed, so that it never ended anything.
+    words = ("--prompt", "ab", "--max-new-tokens", "400", "--limit", "roll", "--ignore-eos")
+    more = ("--json", "--temperature", "5", "--seed", "1")
+    assert 257 in json.loads(run(*eager(tiny, *words, *more))[1])["ids"]
+    result = json.loads(run(*eager(tiny, *words, *more, "--stop", "</s>"))[1])
+    assert result["finish_reason"] == "stop"
+    assert 257 not in result["ids"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"ab\n", "ab"),
+        (b"ab\r\n", "ab"),
+        (b"\xef\xbb\xbfab", "ab"),
+        (b"ab\r\ncd", "ab\r\ncd"),
+        (b"ab\n\n", "ab\n"),
+    ],
+)
+def test_what_a_file_adds_to_a_text(run, tiny: Path, tmp_path: Path, monkeypatch, raw, text):
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    expected = load_tokenizer(tiny).encode(text)
+    words = ("--max-new-tokens", "1", "--json")
+    out = run(*eager(tiny, "--prompt-file", str(tmp_path / "prompt.txt"), *words))[1]
+    assert json.loads(out)["prompt_ids"] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    assert json.loads(run(*eager(tiny, "--prompt", "-", *words))[1])["prompt_ids"] == expected
+
+
+def test_no_bos_and_no_prompt(refused, damaged: Path):
+    edit_json(damaged / "tokenizer_config.json", add_bos_token=False)
+    refused("the prompt has no token", *eager(damaged))
+
+
+def test_an_option_that_is_unknown_points_at_its_command(refused, tiny: Path):
+    refused("unrecognized arguments: --top_p; see llamac generate --help", *eager(tiny, "--top_p"))
+    refused("--top-p has the value '--'; give another", *eager(tiny, "--top-p=--"))
+    refused("unrecognized arguments: --taget=cpu; see llamac chat", "chat", "--taget=cpu")
+
+
+# Chat
+
+
+def talk(run, folder: Path, lines: str, monkeypatch, *words: str):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    template = folder.parent / "talk.jinja"
+    template.write_text(TEMPLATE)
+    words = ("--chat-template", str(template), "--temperature", "0", "--backend", "eager", *words)
+    return run("chat", folder, *SIZES, *words)
+
+
+def test_a_conversation_that_outgrows_the_cache_loses_its_oldest_turns(
+    run, tiny: Path, monkeypatch
+):
+    # It ended the program with code 2 at the third turn.
+    lines = "a\nb\nc\n/reset\na\n/exit\nnever"
+    code, out, err = talk(run, tiny, lines, monkeypatch, "--max-new-tokens", "2")
+    assert code == 0
+    answers = out.splitlines()
+    assert len(answers) == 4
+    assert answers[3] == answers[0]
+    assert "turns were left out: the cache holds 32" in err
+    assert "a new conversation" in err
+    long = "x" * 40 + "\na\n"
+    code, out, err = talk(run, tiny, long, monkeypatch, "--max-new-tokens", "2")
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert "shorten it" in err
+
+
+def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch):
+    starts: list[int] = []
+    original = TorchBackend.prefill
+
+    def prefill(self, slot, ids, start):
+        starts.append(start)
+        return original(self, slot, ids, start)
+
+    monkeypatch.setattr(TorchBackend, "prefill", prefill)
+    code, _, _ = talk(run, tiny, "a\nb\n", monkeypatch, "--max-new-tokens", "1")
+    assert code == 0
+    assert starts[0] == 0
+    assert starts.count(0) == 1  # the second turn's prompt begins where the first one's rows end

@@ -132,8 +132,16 @@ def _request_options(args: argparse.Namespace) -> RequestOptions:
         "eos_ids": () if args.ignore_eos else None,
         "logprobs": logprobs,
     }
-    Request(prompt_ids=(0,), sampling=SamplingParams(**sampling), **options)
-    return RequestOptions(**options, **sampling)
+    return _checked(RequestOptions(**options, **sampling))
+
+
+def _checked(options: RequestOptions) -> RequestOptions:
+    """Refuses options that are out of their range before anything is loaded."""
+    names = {*_SAMPLING, "seed"}
+    rest: dict[str, Any] = {key: value for key, value in options.items() if key not in names}
+    sampling: dict[str, Any] = {key: value for key, value in options.items() if key in names}
+    Request(prompt_ids=(0,), sampling=SamplingParams(**sampling), **rest)
+    return options
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -142,6 +150,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
     source = _open_source(args)
     prompts = read_prompts([*args.words, *args.prompt], args.prompt_file)
+    for prompt in prompts:
+        _checked(RequestOptions(**{**options, **prompt.options}))
     tokenizer = load_tokenizer(source.folder)
     default_batch = min(len(prompts) * args.n, _MAX_DEFAULT_BATCH)
     shape = source.shape(default_batch=default_batch)
@@ -167,8 +177,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
     if not special and (found := tokenizer.specials_in(text)):
+        first = min(found, key=text.index)
         say(
-            f"warning: {found[0]} in the prompt is plain text; with --special it is the token "
+            f"warning: {first} in the prompt is plain text; with --special it is the token "
             "of that name"
         )
     return tokenizer.encode(text, special=special)
