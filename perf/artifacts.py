@@ -17,6 +17,7 @@ from ..model.load import DEMO_FOLDER
 from ..runtime.bundle.manifest import MANIFEST_NAME
 from .process import Worker
 from .setup import Setup
+from .stand_in_tokenizer import write_stand_in_tokenizer
 from .systems import SYSTEMS
 
 __all__ = ["SMALL", "Model", "build_artifact", "find_model"]
@@ -59,7 +60,7 @@ def find_model(
     layers: int | None = None,
     announce: Callable[[str], None],
 ) -> Model:
-    """Finds a checkpoint or bundle, or writes a preset's with random weights once.
+    """Finds a checkpoint or bundle, or writes a preset's once: random weights and tokenizer.
 
     Args:
         name: A path, a name in the local Hugging Face cache, "small", a preset's name, or None
@@ -89,6 +90,8 @@ def find_model(
             announce(f"writing {name} with random weights to {folder}")
             shutil.rmtree(folder, ignore_errors=True)
             write_random_checkpoint(None, folder, dtype=dtype, config=config)
+        if not (folder / "tokenizer.json").exists():
+            write_stand_in_tokenizer(folder, config.vocab_size)
     else:
         folder = Path(name).expanduser()
     checkpoint = open_checkpoint(folder if folder.exists() else str(name))

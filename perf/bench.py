@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..runtime.cache_folder import cache_folder
 from ..runtime.cli.options import OneLineParser
 from .artifacts import find_model
 from .cold_start import run_cold_start
+from .limit_probe import ProbeSize
 from .machine import describe_machine, find_commit, package_versions
 from .measure import MIN_SWEEP_ROWS, measure_cases, measure_sweeps
 from .plan import Plan
@@ -35,15 +36,18 @@ _DEFAULT_SYSTEMS = {
 }
 _MIN_TRIALS = 5
 _COLD_START_CHUNK = 16
-_PROBE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+_PROBE_SIZES = {
+    "cpu": ProbeSize(num_bytes=1 << 30, matrix_size=2048),
+    "cuda": ProbeSize(num_bytes=4 << 30, matrix_size=8192),
+}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, probe_size: ProbeSize | None = None) -> int:
     """Runs the benchmark.
 
     Args:
         argv: The words after `llamac bench`; None takes the process's own.
+        probe_size: What the limits are measured with; None is large enough to be true.
 
     Returns:
         0, or 1 if a system was wrong or broke.
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cold_start": [],
     }
     try:
-        _measure(args, plan, run)
+        _measure(args, plan, run, probe_size or _PROBE_SIZES[plan.device])
     except WorkerError as error:  # the reference's or the probe's: there is nothing to compare with
         print(f"llamac bench: {error}", file=sys.stderr)
         return 1
@@ -156,9 +160,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(args: argparse.Namespace, plan: Plan, run: dict[str, Any]) -> None:
+def _measure(
+    args: argparse.Namespace, plan: Plan, run: dict[str, Any], probe_size: ProbeSize
+) -> None:
     if args.prompt_len or args.sweep:
-        with _Probe(plan, run["limit_samples"]) as probe:
+        with _Probe(plan, run["limit_samples"], probe_size) as probe:
             cases = list(product(args.prompt_len, args.new_tokens))
             for batch_size in args.batch_size if cases else ():
                 run["systems"] += measure_cases(
@@ -247,19 +253,15 @@ def _check_options(args: argparse.Namespace) -> None:
 class _Probe:
     """Measures the machine's rates once a trial, in a process of its own."""
 
-    def __init__(self, plan: Plan, samples: list[dict[str, Any]]) -> None:
+    def __init__(self, plan: Plan, samples: list[dict[str, Any]], size: ProbeSize) -> None:
         self._worker = Worker("limits", plan.logs, threads=plan.threads)
         self._samples = samples
-        self._request = {
-            "device": plan.device,
-            "threads": plan.threads,
-            "num_bytes": _PROBE_BYTES[plan.device],
-            "matrix_size": _MATRIX_SIZE[plan.device],
-        }
+        self._request = {"device": plan.device, "threads": plan.threads, "size": asdict(size)}
 
-    def sample(self) -> None:
-        reply = self._worker.call("limits", **self._request)
-        self._samples.append({key: reply[key] for key in ("read_bytes_per_s", "flops_per_s")})
+    def sample(self) -> int:
+        """Returns the sample's index."""
+        self._samples.append(self._worker.call("limits", **self._request))
+        return len(self._samples) - 1
 
     def __enter__(self) -> _Probe:
         return self

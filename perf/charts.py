@@ -24,6 +24,7 @@ _PHASE_COLORS = {
     "python_s": "#9aa5b1",
     "harness_s": "#c9d1d9",
     "import_s": "#5b8fb9",
+    "tokenizer_s": "#8fbcbb",
     "load_s": "#1f6f8b",
     "compile_s": "#e0a458",
     "first_call_s": "#ecd08f",
@@ -90,13 +91,14 @@ def _draw_speed(
         ceilings = [tokens / case[f"{kind}_limit_s"] for _, case in chosen]
         colors = [_PEER if result["name"] in PEERS else _OURS for result, _ in chosen]
         axes.barh(range(len(chosen)), speeds, color=colors, height=0.65)
-        for row, (speed, ceiling) in enumerate(zip(speeds, ceilings, strict=True)):
+        shares = [case[f"{kind}_share"] for _, case in chosen]
+        for row, (speed, ceiling, share) in enumerate(zip(speeds, ceilings, shares, strict=True)):
             label = "limit measured on this machine" if row == 0 else None
             axes.plot([ceiling, ceiling], [row - 0.4, row + 0.4], color=_LIMIT, lw=2, label=label)
             axes.text(
                 speed,
                 row,
-                f" {format_rate(speed)}  ({speed / ceiling:.0%})",
+                f" {format_rate(speed)}  ({share:.0%})",
                 va="center",
                 fontsize=9,
             )

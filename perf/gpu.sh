@@ -1,16 +1,48 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: the tests marked gpu, then the benchmark of the 1.1B and 8B
-# shapes in bfloat16. JSON, tables and charts go to perf/results/.
+# On a machine with an NVIDIA GPU: the tests marked gpu and the benchmark, in stages that each run
+# alone and are stopped after three minutes. JSON, tables and charts go to $OUT, else perf/results.
 #
-#   perf/gpu.sh [MODEL...]          default: tinyllama-1.1b llama-3-8b
+#   perf/gpu.sh [STAGE...]          default: all of them
+#   perf/gpu.sh --list              names the stages
 #   PYTHON=python3 perf/gpu.sh      another interpreter than .venv's
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# At 8B one system at a time: the reference's float32 weights alone are 32 GB.
+stages='
+tests       tests of the kernels and of the backends
+1b-speed    --model tinyllama-1.1b --backend compile --backend transformers --prompt-len 128 1024 --new-tokens 128
+1b-static   --model tinyllama-1.1b --backend compile --backend transformers-static --new-tokens 128
+1b-eager    --model tinyllama-1.1b --backend eager
+1b-batch    --model tinyllama-1.1b --backend compile --batch-size 1 4 16 --new-tokens 64
+1b-ort      --model tinyllama-1.1b --backend compile --backend ort-cuda --prompt-len 128 1024 --new-tokens 128
+1b-sweep    --model tinyllama-1.1b --backend compile --sweep 512 8192
+1b-cold     --model tinyllama-1.1b --backend compile --cold-start
+128k-vocab  --model llama-3.2-1b --backend compile --batch-size 1 8 --new-tokens 64
+8b-speed    --model llama-3-8b --backend compile --new-tokens 128
+8b-peer     --model llama-3-8b --backend transformers
+8b-static   --model llama-3-8b --backend transformers-static
+8b-sweep    --model llama-3-8b --backend compile --sweep 8192
+'
 
 refuse() {
     echo "perf/gpu.sh: $1" >&2
     exit 2
 }
+
+find_stage() {
+    awk -v name="$1" '$1 == name { $1 = ""; print substr($0, 2) }' <<<"$stages"
+}
+
+if [[ ${1:-} == --list ]]; then
+    sed '/^$/d' <<<"$stages"
+    exit
+fi
+(($#)) || mapfile -t all < <(awk 'NF { print $1 }' <<<"$stages")
+(($#)) || set -- "${all[@]}"
+for stage; do
+    [[ -n $(find_stage "$stage") ]] || refuse "no stage $stage; perf/gpu.sh --list names them"
+done
 
 python=${PYTHON:-.venv/bin/python}
 gpus=$(nvidia-smi --list-gpus 2>/dev/null) || refuse "no NVIDIA GPU found: nvidia-smi lists none"
@@ -22,20 +54,15 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null) || refuse "no NVIDIA GPU found: nvidi
 echo "$gpus"
 
 failed=0
-"$python" -m pytest -m gpu tests || failed=1
-bench() {
-    "$python" -m llamac.perf.bench --device cuda --dtype bfloat16 --json perf/results "$@" || failed=1
-}
-(($#)) || set -- tinyllama-1.1b llama-3-8b
-for model; do
-    "$python" -m llamac.perf.gpu_steps "$model" \
-        >"perf/results/$(basename "$model")-cuda-bfloat16-$(date +%F)-steps.json" || failed=1
-    # Not all at once: at 8B that takes more than 80 GB.
-    bench --model "$model" --backend eager --backend compile --backend transformers \
-        --prompt-len 128 1024 --new-tokens 128
-    # ONNX Runtime's CUDA provider is skipped by itself where it isn't installed.
-    bench --model "$model" --backend compile --backend ort-cuda \
-        --prompt-len 128 1024 --new-tokens 128 --sweep 512 8192
+for stage; do
+    read -ra words <<<"$(find_stage "$stage")"
+    command=(-m llamac.perf.bench --device cuda --dtype bfloat16)
+    command+=(--json "${OUT:-perf/results}" "${words[@]}")
+    [[ $stage != tests ]] || command=(-m pytest -m gpu tests)
+    echo "== $stage"
+    timeout --kill-after=5 180 "$python" "${command[@]}" || {
+        echo "perf/gpu.sh: $stage ended with code $?" >&2
+        failed=1
+    }
 done
-bench --model "$1" --backend compile --backend ort-cuda --backend transformers --cold-start
 exit "$failed"

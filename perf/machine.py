@@ -10,7 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "device_used_bytes", "find_commit", "package_versions"]
+__all__ = [
+    "describe_cpu",
+    "describe_machine",
+    "device_used_bytes",
+    "find_commit",
+    "package_versions",
+]
 
 _PACKAGES = (
     "llamac",
@@ -24,15 +30,14 @@ _PACKAGES = (
     "onnxruntime-genai",
     "llama-cpp-python",
 )
+_VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the widest first
 
 
 def describe_machine() -> dict[str, Any]:
     """Names the processor, its cores, the memory, the GPU if there is one, and the load."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": describe_cpu(Path("/proc/cpuinfo").read_text()),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": pages,
         "gpu": _query_gpu("name"),
@@ -69,6 +74,24 @@ def device_used_bytes() -> int | None:
     """Memory in use on the first GPU, by anyone; None without one."""
     used = _query_gpu("memory.used")
     return None if used is None else int(used) << 20
+
+
+def describe_cpu(cpuinfo: str) -> str:
+    """Names a processor, with what tells one "AMD EPYC" of a virtual machine from another.
+
+    Args:
+        cpuinfo: The text of /proc/cpuinfo.
+
+    Returns:
+        The name, the family, the model and the widest vector instructions.
+    """
+    lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    flags = facts.get("flags", "").split()
+    details = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    details += [name for name in _VECTORS if name in flags][:1]
+    name = facts.get("model name", platform.processor())
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _query_gpu(field: str) -> str | None:

@@ -13,7 +13,7 @@ from .artifacts import build_artifact
 from .machine import device_used_bytes
 from .plan import Entry, Plan, in_turn, random_prompt
 from .reference import Reference
-from .systems import SYSTEMS
+from .systems import PEERS, SYSTEMS
 
 __all__ = ["MIN_SWEEP_ROWS", "measure_cases", "measure_sweeps", "sweep_contexts"]
 
@@ -23,15 +23,18 @@ MIN_SWEEP_ROWS = 4 * _SWEEP_STEPS
 
 
 def measure_cases(
-    plan: Plan, *, batch_size: int, cases: Sequence[tuple[int, int]], probe: Callable[[], None]
+    plan: Plan, *, batch_size: int, cases: Sequence[tuple[int, int]], probe: Callable[[], int]
 ) -> list[dict[str, Any]]:
     """Times prompts and the steps after them, all systems side by side.
+
+    Ours are also timed from end to end, through the scheduler and with sampling.
 
     Args:
         plan: What is measured.
         batch_size: B.
         cases: Pairs of prompt length and number of new tokens.
-        probe: Called once a trial, to measure the machine under the same conditions.
+        probe: Called once a trial, to measure the machine under the same conditions; returns the
+            measurement's index, which the trial is recorded with.
 
     Returns:
         A result for each system, with `cases`, `memory` and `idle_cpu_share`.
@@ -47,7 +50,7 @@ def measure_cases(
 
 
 def measure_sweeps(
-    plan: Plan, *, lengths: Sequence[int], probe: Callable[[], None]
+    plan: Plan, *, lengths: Sequence[int], probe: Callable[[], int]
 ) -> dict[str, list[dict[str, Any]]]:
     """Times steps at growing numbers of live tokens, in caches of several lengths.
 
@@ -104,35 +107,44 @@ def _open_group(
 
 
 def _run_case(
-    plan: Plan, entries: list[Entry], prompt_len: int, num_new: int, probe: Callable[[], None]
+    plan: Plan, entries: list[Entry], prompt_len: int, num_new: int, probe: Callable[[], int]
 ) -> None:
     for trial in range(-1, plan.trials):  # trial -1 is the warm-up
         plan.say(
             f"prompt {prompt_len}, new {num_new}: "
             + (f"trial {trial + 1} of {plan.trials}" if trial >= 0 else "warm-up")
         )
-        probe()
+        limits = probe()
         for entry in in_turn(entries, trial):
             prompt = random_prompt(plan, entry.setup.batch_size, prompt_len, seed=2 + trial)
             count = num_new if trial >= 0 else min(num_new, 4)
             reply = _timed(plan, entries, entry, "trial", prompt=prompt, num_new=count)
+            sampled = None
+            if reply is not None and entry.setup.system not in PEERS:
+                request = {"prompts": prompt, "num_new": count, "seed": 2 + trial}
+                sampled = _timed(plan, entries, entry, "generate", **request)
             if reply is None or trial < 0:
                 continue
             case = _case(entry, prompt_len, num_new)
+            case["limits"].append(limits)
             case["prefill_s"].append(reply["prefill_s"])
             case["step_s"].append(reply["step_s"])
+            if sampled is not None:
+                case.setdefault("sampled", {"trials": []})["trials"].append(sampled)
 
 
-def _run_sweep(plan: Plan, entries: list[Entry], probe: Callable[[], None]) -> None:
+def _run_sweep(plan: Plan, entries: list[Entry], probe: Callable[[], int]) -> None:
     contexts = {entry.name: sweep_contexts(entry.setup.max_seq_len) for entry in entries}
     for trial in range(-1, plan.trials):
         plan.say(
             f"{entries[0].setup.system}, live context: "
             + (f"trial {trial + 1} of {plan.trials}" if trial >= 0 else "warm-up")
         )
-        probe()
+        limits = probe()
         for entry in in_turn(entries, trial):
             _timed(plan, entries, entry, "reset")
+            if trial >= 0:
+                entry.result.setdefault("limits", []).append(limits)
         for context in sorted({point for points in contexts.values() for point in points}):
             for entry in in_turn(entries, trial):
                 if context not in contexts[entry.name]:
@@ -142,13 +154,16 @@ def _run_sweep(plan: Plan, entries: list[Entry], probe: Callable[[], None]) -> N
                 if reply is None or trial < 0:
                     continue
                 points = entry.result.setdefault("sweep", {}).setdefault(str(context), [])
-                points.extend(reply["step_s"])
+                points.append(reply["step_s"])
 
 
 def _finish(entries: list[Entry]) -> None:
     for entry in entries:
         if entry.worker is not None:
             entry.result["memory"] |= entry.worker.call("memory")
+            facts = entry.result["facts"] = entry.worker.call("facts")
+            if facts.get("recompiles") or facts.get("steps") != facts.get("graph_replays"):
+                entry.stop("FAIL", f"a step was compiled or not replayed after warm-up: {facts}")
         if entry.idle_s:
             entry.result["idle_cpu_share"] = entry.idle_cpu_s / entry.idle_s
 
@@ -177,7 +192,8 @@ def _case(entry: Entry, prompt_len: int, num_new: int) -> dict[str, Any]:
     for case in cases:
         if (case["prompt_len"], case["num_new"]) == (prompt_len, num_new):
             return case
-    cases.append({"prompt_len": prompt_len, "num_new": num_new, "prefill_s": [], "step_s": []})
+    raw: dict[str, Any] = {"limits": [], "prefill_s": [], "step_s": []}
+    cases.append({"prompt_len": prompt_len, "num_new": num_new, **raw})
     return cases[-1]
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
 from .setup import Runner, Setup, System
+from .stand_in_tokenizer import write_stand_in_tokenizer
 
 __all__ = ["GENAI", "TRANSFORMERS", "TRANSFORMERS_STATIC"]
 
@@ -53,11 +54,16 @@ class _TransformersRunner:
             setup.model, dtype=getattr(torch, setup.dtype)
         ).eval()
         self._model.to(setup.device)  # device_map would need accelerate
+        load_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if (Path(setup.model) / "tokenizer.json").exists():
+            transformers.AutoTokenizer.from_pretrained(setup.model)
+        tokenizer_s = time.perf_counter() - begin
         self._transformers: Any = transformers
         self._setup = setup
         self._static = static
         self.precision = setup.dtype
-        self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
+        self.phases = {"import_s": import_s, "load_s": load_s, "tokenizer_s": tokenizer_s}
         self.facts: dict[str, object] = {"transformers": transformers.__version__}
         # Renamed in 5.24, and called by the old name with a warning.
         parameters = signature(transformers.LlamaForCausalLM.forward).parameters
@@ -213,23 +219,13 @@ def _build_genai(setup: Setup, out: Path) -> None:
         for entry in Path(setup.model).resolve().iterdir():
             (source / entry.name).symlink_to(entry)
         if not list(source.glob("tokenizer*")):
-            _write_stand_in_tokenizer(source)
+            config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            write_stand_in_tokenizer(source, config["vocab_size"])
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         builder += ["--input", str(source), "--output", str(out), "--cache_dir", work]
         builder += ["--precision", precision[_genai_precision(setup)]]
         builder += ["--execution_provider", setup.device]
         subprocess.run(builder, check=True, cwd=work)
-
-
-def _write_stand_in_tokenizer(folder: Path) -> None:
-    """The builder copies a tokenizer; random weights have none, and only ids are fed here."""
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(
-        str(folder / "tokenizer.json")
-    )
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _transformers(*, static: bool) -> System:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..model.config import LlamaConfig
-from .roofline import Limits, best_limits, decode_work, prefill_work
-from .setup import ITEM_BYTES
+from ..runtime.bundle.manifest import ITEM_BYTES
+from .roofline import Limits, decode_work, prefill_work
 from .tables import to_markdown
 
 __all__ = ["summarize", "write_run"]
@@ -20,8 +20,10 @@ __all__ = ["summarize", "write_run"]
 def summarize(run: dict[str, Any]) -> None:
     """Adds the machine's limits to a run, and to each of its results the statistics.
 
-    Medians, p10 and p90 of a step's time are over all steps of all trials. A cold start's phases
-    are those of the start with the median total, so that they add up.
+    Medians, p10 and p90 of a step's time are over all steps of all trials. A share of the limit
+    is taken trial by trial, over the rates of the same trial, and is then the median: what others
+    take of a shared machine drifts within minutes. A cold start's phases are those of the start
+    with the median total, so that they add up.
 
     Args:
         run: What bench.main collected.
@@ -31,17 +33,24 @@ def summarize(run: dict[str, Any]) -> None:
             result |= _cold_start_statistics(result)
     if not run["limit_samples"]:
         return
-    limits = best_limits(run["limit_samples"])
+    samples = [Limits.of(sample) for sample in run["limit_samples"]]
     run["limits"] = {
-        "read_bytes_per_s": limits.read_bytes_per_s,
-        "flops_per_s": dict(limits.flops_per_s),
+        "read_bytes_per_s": _spread([limits.read_bytes_per_s for limits in samples]),
+        "flops_per_s": {
+            dtype: _spread([limits.flops_per_s[dtype] for limits in samples])
+            for dtype in ITEM_BYTES
+        },
     }
     config = LlamaConfig.from_dict(run["model"]["config"])
     for result in run["systems"]:
         for case in result.get("cases", []):
+            limits = [samples[index] for index in case["limits"]]
             case |= _case_statistics(case, result, config, limits, run["options"]["max_seq_len"])
+            if "sampled" in case:
+                case["sampled"] |= _sampled_statistics(case, result["batch_size"])
     for max_seq_len, results in run["sweeps"].items():
         for result in results:
+            limits = [samples[index] for index in result.get("limits", [])]
             result["sweep"] = [
                 _sweep_point(int(context), times, result, config, limits, int(max_seq_len))
                 for context, times in result.get("sweep", {}).items()
@@ -96,9 +105,10 @@ def _case_statistics(
     case: dict[str, Any],
     result: dict[str, Any],
     config: LlamaConfig,
-    limits: Limits,
+    limits: list[Limits],
     max_seq_len: int,
 ) -> dict[str, Any]:
+    """Statistics of one case; `limits` are those of its trials."""
     precision, batch_size = result["precision"], result["batch_size"]
     sizes = {
         "item_bytes": ITEM_BYTES[precision],
@@ -107,36 +117,56 @@ def _case_statistics(
     }
     num_tokens = case["prompt_len"]
     prefill_s = float(np.median(case["prefill_s"]))
-    prompt_s = limits.least_s(prefill_work(config, num_tokens=num_tokens, **sizes), precision)
+    prompt = prefill_work(config, num_tokens=num_tokens, **sizes)
+    prompt_s = np.array([rates.least_s(prompt, precision) for rates in limits])
     statistics: dict[str, Any] = {
         "ttft_s": prefill_s,
         "prefill_tokens_per_s": batch_size * num_tokens / prefill_s,
-        "prefill_limit_s": prompt_s,
-        "prefill_share": prompt_s / prefill_s,
+        "prefill_limit_s": float(np.median(prompt_s)),
+        "prefill_share": float(np.median(prompt_s / case["prefill_s"])),
     }
     steps = np.concatenate(case["step_s"])
     if len(steps):
         tpot_s = float(np.median(steps))
         # Of num_new - 1 steps; the one in the middle.
         step = decode_work(config, context=num_tokens + case["num_new"] // 2 - 1, **sizes)
-        least_s = limits.least_s(step, precision)
+        least_s = np.array([rates.least_s(step, precision) for rates in limits])
+        trial_s = np.median(case["step_s"], axis=1)
         statistics |= {
             "tpot_s": {"median": tpot_s} | _percentiles(steps),
             "decode_tokens_per_s": batch_size / tpot_s,
-            "decode_limit_s": least_s,
-            "decode_share": least_s / tpot_s,
+            "decode_limit_s": float(np.median(least_s)),
+            "decode_share": float(np.median(least_s / trial_s)),
             "decode_bytes": step.needed_bytes,
             "wasted_kv_bytes": step.wasted_kv_bytes,
         }
     return statistics
 
 
+def _sampled_statistics(case: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Rates of runs from end to end: of the decodes alone, and prompts included."""
+    trials = case["sampled"]["trials"]
+    total_s = float(np.median([trial["total_s"] for trial in trials]))
+    statistics: dict[str, Any] = {
+        "ttft_s": float(np.median([trial["ttft_s"] for trial in trials])),
+        "tokens_per_s": batch_size * case["num_new"] / total_s,
+    }
+    steps = np.concatenate([trial["step_s"] for trial in trials])
+    if len(steps):
+        tpot_s = float(np.median(steps))
+        statistics |= {
+            "tpot_s": {"median": tpot_s} | _percentiles(steps),
+            "decode_tokens_per_s": batch_size / tpot_s,
+        }
+    return statistics
+
+
 def _sweep_point(
     context: int,
-    times: list[float],
+    times: list[list[float]],
     result: dict[str, Any],
     config: LlamaConfig,
-    limits: Limits,
+    limits: list[Limits],
     max_seq_len: int,
 ) -> dict[str, Any]:
     work = decode_work(
@@ -146,12 +176,17 @@ def _sweep_point(
         context=context,
         max_seq_len=max_seq_len,
     )
+    least_s = [rates.least_s(work, result["precision"]) for rates in limits]
     return {
         "context": context,
         "step_s": {"median": float(np.median(times))} | _percentiles(np.array(times)),
-        "limit_s": limits.least_s(work, result["precision"]),
+        "limit_s": float(np.median(least_s)),
         "raw_step_s": times,
     }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
 
 def _percentiles(times: np.ndarray) -> dict[str, float]:

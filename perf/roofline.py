@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..model.checkpoint.stored import weight_shapes
 from ..model.config import LlamaConfig
-from .setup import ITEM_BYTES
+from ..runtime.bundle.manifest import ITEM_BYTES
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["LimitProbe", "Limits", "Work", "best_limits", "decode_work", "prefill_work"]
+__all__ = ["Limits", "Work", "decode_work", "prefill_work"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -50,11 +46,29 @@ class Limits:
 
     Attributes:
         read_bytes_per_s: Reading an array much larger than the caches.
-        flops_per_s: Matrix product of large matrices, by dtype.
+        flops_per_s: Product of large matrices, by dtype.
     """
 
     read_bytes_per_s: float
     flops_per_s: Mapping[str, float]
+
+    @classmethod
+    def of(cls, sample: Mapping[str, Any]) -> Limits:
+        """Takes the fastest kernels of one measurement.
+
+        Args:
+            sample: What LimitProbe.measure returned.
+
+        Returns:
+            The limits. A 16-bit dtype's rate is at least float32's: widening is always possible.
+        """
+        rates = {dtype: max(found.values()) for dtype, found in sample["flops_per_s"].items()}
+        return cls(
+            read_bytes_per_s=max(sample["read_bytes_per_s"].values()),
+            flops_per_s={
+                dtype: max(rates.get(dtype, 0.0), rates["float32"]) for dtype in ITEM_BYTES
+            },
+        )
 
     def least_s(self, work: Work, dtype: str) -> float:
         """Seconds below which the work can't be done: memory or arithmetic, whichever is slower.
@@ -123,89 +137,6 @@ def prefill_work(
         wasted_kv_bytes=row * max(max_seq_len - num_tokens, 0),
         logits_bytes=4 * batch_size * config.vocab_size,
         flops=batch_size * (products + scores),
-    )
-
-
-class LimitProbe:
-    """Measures the machine's rates; built once, so that a measurement allocates nothing.
-
-    Args:
-        device: "cpu" or "cuda".
-        threads: CPU threads.
-        num_bytes: Size of the array read; many times the last cache.
-        matrix_size: Rows and columns of the matrices multiplied.
-    """
-
-    def __init__(self, *, device: str, threads: int, num_bytes: int, matrix_size: int) -> None:
-        import torch
-
-        from ..model.linear import STORAGE_DTYPES
-
-        torch.set_num_threads(threads)
-        self._torch: Any = torch
-        self._device = device
-        self._array = torch.ones(num_bytes // 4, device=device)
-        size = (matrix_size, matrix_size)
-        dtypes = [torch.float32, torch.bfloat16, torch.float16]
-        if device == "cpu":  # without arithmetic for a dtype, one product takes half a minute
-            dtypes = [dtype for dtype in dtypes if dtype not in STORAGE_DTYPES]
-        self._matrices = {
-            str(dtype).removeprefix("torch."): torch.full(size, 0.5, dtype=dtype, device=device)
-            for dtype in dtypes
-        }
-
-    def measure(self, repeats: int = 2) -> dict[str, Any]:
-        """Runs every kernel and keeps the best of each.
-
-        Args:
-            repeats: Calls of each kernel.
-
-        Returns:
-            `read_bytes_per_s` by kernel and `flops_per_s` by dtype.
-        """
-        # Which kernel reads fastest depends on the machine; a limit is the best of them.
-        table = self._array.view(-1, 4096)
-        vector = self._torch.ones(4096, device=self._device)
-        readers: dict[str, Callable[[], Tensor]] = {
-            "sum": self._array.sum,
-            "max": self._array.max,
-            "norm": self._array.norm,
-            "dot": lambda: self._array @ self._array,
-            "matrix-vector": lambda: table @ vector,
-        }
-        size = self._array.nbytes
-        reads = {name: size / self._best_s(call, repeats) for name, call in readers.items()}
-        rates = {}
-        for name, matrix in self._matrices.items():
-            flops = 2 * matrix.shape[0] ** 3
-            rates[name] = flops / self._best_s(lambda m=matrix: m @ m, repeats)
-        return {"read_bytes_per_s": reads, "flops_per_s": rates}
-
-    def _best_s(self, call: Callable[[], Tensor], repeats: int) -> float:
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            call()
-            if self._device == "cuda":
-                self._torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-
-def best_limits(samples: list[dict[str, Any]]) -> Limits:
-    """The fastest of several measurements.
-
-    Args:
-        samples: What LimitProbe.measure returned, at least one.
-
-    Returns:
-        The limits. A 16-bit dtype's rate is at least float32's: widening it is always possible.
-    """
-    dtypes = samples[0]["flops_per_s"]
-    rates = {dtype: max(sample["flops_per_s"][dtype] for sample in samples) for dtype in dtypes}
-    return Limits(
-        read_bytes_per_s=max(max(sample["read_bytes_per_s"].values()) for sample in samples),
-        flops_per_s={dtype: max(rates.get(dtype, 0.0), rates["float32"]) for dtype in ITEM_BYTES},
     )
 
 

@@ -10,9 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ITEM_BYTES", "Runner", "Setup", "System"]
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+__all__ = ["Runner", "Setup", "System"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +48,16 @@ class Runner(Protocol):
     Attributes:
         precision: What it computes in: "float32", "float16" or "bfloat16".
         phases: Seconds of getting ready: `import_s`, `load_s`, and where there is such a phase
-            `compile_s` or `first_call_s`, `warmup_s`.
-        facts: What else is worth recording, such as whether compiled code came from a cache.
+            `tokenizer_s`, `compile_s` or `first_call_s`, `warmup_s`.
     """
 
     precision: str
     phases: dict[str, float]
-    facts: dict[str, object]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What else is worth recording: where compiled code came from, what was counted so far."""
+        ...
 
     def reset(self) -> None:
         """Empties the cache: the next token has position 0."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.chunks import next_chunk
+from ..runtime.sampling import SamplingParams
+from ..runtime.scheduler import Request, Scheduler
+from ..runtime.text.tokenizer_files import load_tokenizer
 from .llama_cpp_peer import LLAMA_CPP
 from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC
 from .setup import Runner, Setup, System
 
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
+    from ..runtime.text.tokenizer import Tokenizer
 
-__all__ = ["PEERS", "SYSTEMS", "BackendRunner"]
+__all__ = ["PEERS", "SYSTEMS", "TEMPERATURE", "BackendRunner"]
 
+TEMPERATURE = 0.8  # of BackendRunner.generate
 PEERS = ("transformers", "transformers-static", "genai", "llama.cpp")
 
 
@@ -31,7 +36,9 @@ class BackendRunner:
         backend: Ready to run.
         precision: See Runner.
         phases: See Runner.
-        facts: See Runner.
+        facts: See Runner; what doesn't change.
+        tokenizer: Of the checkpoint, for `generate`; None where it has none.
+        count: What else to report, given the number of backend calls so far.
     """
 
     def __init__(
@@ -41,12 +48,22 @@ class BackendRunner:
         precision: str,
         phases: dict[str, float],
         facts: dict[str, object],
+        tokenizer: Tokenizer | None = None,
+        count: Callable[[int], dict[str, object]] = lambda _: {},
     ) -> None:
         self.backend = backend
         self.precision = precision
         self.phases = phases
-        self.facts = facts
+        self._facts = facts
+        self._tokenizer = tokenizer
+        self._count = count
+        self._num_calls = 0
         self._position = 0
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """See Runner."""
+        return self._facts | self._count(self._num_calls)
 
     def reset(self) -> None:
         """See Runner; rows past the position hold garbage that no result depends on."""
@@ -65,6 +82,7 @@ class BackendRunner:
     def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See Runner."""
         logits = self.backend.decode(ids, np.full(len(ids), self._position, dtype=np.int64))
+        self._num_calls += 1
         self._position += 1
         return logits
 
@@ -72,12 +90,52 @@ class BackendRunner:
         """See Runner; the rows skipped hold whatever they held."""
         self._position = position
 
+    def generate(self, prompts: Sequence[Sequence[int]], *, num_new: int, seed: int) -> Any:
+        """Runs a request for each slot as `llamac generate` does, with sampling on.
+
+        Args:
+            prompts: Ids, one list for each slot.
+            num_new: Tokens of each continuation; no id ends it earlier.
+            seed: Of the samples, which differ from slot to slot.
+
+        Returns:
+            `total_s`; `ttft_s`, of each request; `step_s`, of the steps that decoded all of them.
+        """
+        scheduler = Scheduler(self.backend, self._tokenizer, eos_ids=())
+        num_ids = self.backend.shape.vocab_size  # of which a padded vocabulary has no text
+        if self._tokenizer is not None:
+            num_ids = min(num_ids, self._tokenizer.vocab_size)
+        begin = time.perf_counter()
+        for index, ids in enumerate(prompts):
+            request = Request(
+                prompt_ids=tuple(token_id % num_ids for token_id in ids),
+                max_new_tokens=num_new,
+                sampling=SamplingParams(temperature=TEMPERATURE, seed=seed),
+                sample_index=index,
+            )
+            scheduler.submit(request)
+        ttft_s: dict[int, float] = {}
+        step_s = []
+        while not scheduler.idle:
+            all_decoding = len(ttft_s) == len(prompts)
+            step_begin = time.perf_counter()
+            events = scheduler.step()
+            end = time.perf_counter()
+            self._num_calls += 1
+            if all_decoding and len(events) == len(prompts):
+                step_s.append(end - step_begin)
+            for event in events:
+                ttft_s.setdefault(event.request_id, end - begin)
+        total_s = time.perf_counter() - begin
+        return {"total_s": total_s, "ttft_s": list(ttft_s.values()), "step_s": step_s}
+
     def _prefill(self, slot: int, ids: list[int]) -> NDArray[np.float32]:
         done = 0
         logits = np.empty(0, dtype=np.float32)
         while done < len(ids):
             start, done = next_chunk(len(ids), done, self.backend.shape)
             logits = self.backend.prefill(slot, ids[start:done], start)
+            self._num_calls += 1
         return logits
 
 
@@ -89,6 +147,7 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
 
     torch.set_num_threads(setup.threads)
     import_s = time.perf_counter() - begin
+    tokenizer, tokenizer_phase = _load_tokenizer(setup.model)
     loaded = load_backend(
         setup.model,
         compile=compile,
@@ -98,12 +157,43 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
         max_seq_len=setup.max_seq_len,
         prefill_len=setup.prefill_len,
     )
-    startup = loaded.backend.startup
+    backend, startup = loaded.backend, loaded.backend.startup
     phases = {"import_s": import_s, "load_s": loaded.load_s, "warmup_s": startup.warmup_s}
     # Eagerly the first call compiles nothing; it is as much warm-up as the second.
     phases["compile_s" if compile else "first_call_s"] = startup.compile_s
-    facts: dict[str, object] = {"cache_hit": startup.cache_hit} if compile else {}
-    return BackendRunner(loaded.backend, precision=setup.dtype, phases=phases, facts=facts)
+    return BackendRunner(
+        backend,
+        precision=setup.dtype,
+        phases=phases | tokenizer_phase,
+        facts={"cache_hit": startup.cache_hit} if compile else {},
+        tokenizer=tokenizer,
+        count=_compiled_counts(backend, setup) if compile else lambda _: {},
+    )
+
+
+def _compiled_counts(backend: Any, setup: Setup) -> Callable[[int], dict[str, object]]:
+    """What a compiled backend does after its warm-up, which is over."""
+    from torch._dynamo.utils import counters
+
+    traced = counters["stats"]["unique_graphs"]
+
+    def count(num_calls: int) -> dict[str, object]:
+        counts: dict[str, object] = {"recompiles": counters["stats"]["unique_graphs"] - traced}
+        if setup.device == "cuda":
+            counts |= {"steps": num_calls, "graph_replays": backend.num_replays}
+        return counts
+
+    return count
+
+
+def _load_tokenizer(folder: str) -> tuple[Tokenizer | None, dict[str, float]]:
+    """Loads a tokenizer as `llamac generate` does, and says how long it took."""
+    begin = time.perf_counter()
+    try:
+        tokenizer = load_tokenizer(Path(folder))
+    except FileNotFoundError:  # ids are fed, so a checkpoint without one can be measured
+        return None, {}
+    return tokenizer, {"tokenizer_s": time.perf_counter() - begin}
 
 
 def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
@@ -120,6 +210,7 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
 
     import_s = time.perf_counter() - begin
     assert setup.artifact is not None
+    tokenizer, tokenizer_phase = _load_tokenizer(setup.artifact)
     begin = time.perf_counter()
     manifest = open_bundle(setup.artifact)
     try:
@@ -133,7 +224,13 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
     phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
     precision = "float32" if provider == "cpu" else setup.dtype
     facts: dict[str, object] = {"onnxruntime": onnxruntime.__version__, **setup.options}
-    return BackendRunner(backend, precision=precision, phases=phases, facts=facts)
+    return BackendRunner(
+        backend,
+        precision=precision,
+        phases=phases | tokenizer_phase,
+        facts=facts,
+        tokenizer=tokenizer,
+    )
 
 
 def _export(setup: Setup, out: Path, *, provider: str, target: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..runtime.memory import format_bytes
-from .systems import PEERS
+from .systems import PEERS, TEMPERATURE
 
 __all__ = ["PHASES", "count_of", "format_rate", "to_markdown"]
 
@@ -15,6 +15,7 @@ PHASES = {
     "python_s": "Python",
     "harness_s": "harness",
     "import_s": "imports",
+    "tokenizer_s": "tokenizer",
     "load_s": "weights",
     "compile_s": "compile",
     "first_call_s": "first call",
@@ -46,6 +47,7 @@ def to_markdown(run: dict[str, Any]) -> str:
         "",
     ]
     lines += _speed_table(run["systems"])
+    lines += _sampled_table(run["systems"])
     lines += _ratio_table(run["systems"])
     lines += _startup_table(run["systems"])
     for max_seq_len, results in run["sweeps"].items():
@@ -82,10 +84,18 @@ def _limits(run: dict[str, Any]) -> str:
     if "limits" not in run:
         return ""
     limits = run["limits"]
-    rates = (f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits["flops_per_s"].items())
-    return (
-        f"; measured limits: reads {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, {', '.join(rates)}"
+    texts = [f"reads {_spread(limits['read_bytes_per_s'], '.1f')} GB/s"]
+    texts += [
+        f"{dtype} {_spread(rate, '.0f')} GFLOP/s" for dtype, rate in limits["flops_per_s"].items()
+    ]
+    return f"; measured limits, median of the trials (least - most): {', '.join(texts)}"
+
+
+def _spread(rates: dict[str, float], digits: str) -> str:
+    median, least, most = (
+        format(rates[name] / 1e9, digits) for name in ("median", "least", "most")
     )
+    return f"{median} ({least} - {most})"
 
 
 def _speed_table(results: list[dict[str, Any]]) -> list[str]:
@@ -99,6 +109,7 @@ def _speed_table(results: list[dict[str, Any]]) -> list[str]:
         "of limit",
         "TPOT ms (p10 - p90)",
         "decode tok/s",
+        "GB/s",
         "of limit",
         "peak memory",
     )
@@ -118,22 +129,65 @@ def _speed_table(results: list[dict[str, Any]]) -> list[str]:
                     f"{case['ttft_s']:.3g}",
                     format_rate(case["prefill_tokens_per_s"]),
                     f"{case['prefill_share']:.0%}",
-                    *_decode_cells(case),
+                    *_decode_cells(case, result["batch_size"]),
                     format_bytes(memory.get("device_bytes") or memory["peak_rss_bytes"]),
                 ]
             )
     return _table(head, rows)
 
 
-def _decode_cells(case: dict[str, Any]) -> tuple[str, str, str]:
+def _decode_cells(case: dict[str, Any], batch_size: int) -> tuple[str, ...]:
     if "tpot_s" not in case:
-        return ("-", "-", "-")
-    tpot = {name: 1e3 * value for name, value in case["tpot_s"].items()}
+        return ("-",) * 4
     return (
-        f"{tpot['median']:.4g} ({tpot['p10']:.4g} - {tpot['p90']:.4g})",
-        format_rate(case["decode_tokens_per_s"]),
+        *_token_cells(case, batch_size),
+        f"{case['decode_bytes'] / case['tpot_s']['median'] / 1e9:.3g}",
         f"{case['decode_share']:.0%}",
     )
+
+
+def _token_cells(times: dict[str, Any], batch_size: int) -> tuple[str, str]:
+    """A step's time, and tokens a second: of all sequences, and of each if there are several."""
+    tpot = {name: 1e3 * value for name, value in times["tpot_s"].items()}
+    rate = times["decode_tokens_per_s"]
+    each = f" ({batch_size} x {format_rate(rate / batch_size)})" if batch_size > 1 else ""
+    return (
+        f"{tpot['median']:.4g} ({tpot['p10']:.4g} - {tpot['p90']:.4g})",
+        format_rate(rate) + each,
+    )
+
+
+def _sampled_table(results: list[dict[str, Any]]) -> list[str]:
+    """What a user gets: the scheduler, the sampler and the text of each token are in it."""
+    rows = []
+    for result in results:
+        for case in result.get("cases", []) if result["status"] == "ok" else []:
+            if (sampled := case.get("sampled")) is None:
+                continue
+            batch_size = result["batch_size"]
+            decode = _token_cells(sampled, batch_size) if "tpot_s" in sampled else ("-", "-")
+            rows.append(
+                [
+                    result["name"],
+                    result["precision"],
+                    str(batch_size),
+                    f"{case['prompt_len']} + {case['num_new']}",
+                    f"{sampled['ttft_s']:.3g}",
+                    *decode,
+                    format_rate(sampled["tokens_per_s"]),
+                ]
+            )
+    head = (
+        f"end to end, temperature {TEMPERATURE}",
+        "precision",
+        "batch",
+        "prompt + new",
+        "TTFT s",
+        "TPOT ms (p10 - p90)",
+        "decode tok/s",
+        "tok/s, prompts included",
+    )
+    return _table(head, rows)
 
 
 def _ratio_table(results: list[dict[str, Any]]) -> list[str]:
@@ -247,6 +301,11 @@ def _remarks(run: dict[str, Any]) -> list[str]:
     """What a reader has to know about the numbers above."""
     lines = []
     for result in _results(run):
+        if replays := result.get("facts", {}).get("graph_replays"):
+            lines.append(
+                f"- {result['name']}, batch {result['batch_size']}: {replays} steps, each the "
+                "replay of one graph; nothing was compiled after warm-up"
+            )
         if result["status"] != "ok":
             lines.append(f"- **{result['name']}: {result['status']}**: {result['message']}")
         if (share := result.get("idle_cpu_share", 0.0)) > _BUSY:

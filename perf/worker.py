@@ -21,7 +21,7 @@ from ..runtime.backend import BackendUnavailableError
 from .setup import Runner, Setup
 
 if TYPE_CHECKING:
-    from .roofline import LimitProbe
+    from .limit_probe import LimitProbe
 
 __all__ = ["main"]
 
@@ -83,6 +83,18 @@ class _Worker:
         prefill_s = time.perf_counter() - begin
         return {"prefill_s": prefill_s, "step_s": self._steps(ids, request["num_new"] - 1)}
 
+    def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Times requests from end to end, sampling included."""
+        from .systems import BackendRunner
+
+        assert isinstance(self.runner, BackendRunner)
+        sizes = {name: request[name] for name in ("num_new", "seed")}
+        return self.runner.generate(request["prompts"], **sizes)
+
+    def facts(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the system counted so far, among others."""
+        return self.runner.facts
+
     def steps_at(self, request: dict[str, Any]) -> dict[str, Any]:
         """Times steps with a given number of live tokens before the first."""
         self.runner.seek(request["context"])
@@ -112,11 +124,13 @@ class _Worker:
 
     def limits(self, request: dict[str, Any]) -> dict[str, Any]:
         """Measures the machine's rates."""
-        from .roofline import LimitProbe
+        from .limit_probe import LimitProbe, ProbeSize
 
         if self._probe is None:
-            names = ("device", "threads", "num_bytes", "matrix_size")
-            self._probe = LimitProbe(**{name: request[name] for name in names})
+            names = ("device", "threads")
+            self._probe = LimitProbe(
+                **{name: request[name] for name in names}, size=ProbeSize(**request["size"])
+            )
         return self._probe.measure()
 
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig, RopeScaling
 from llamac.perf import bench
 from llamac.perf.artifacts import build_artifact, find_model
+from llamac.perf.limit_probe import ProbeSize
 from llamac.perf.setup import Setup
+from llamac.perf.stand_in_tokenizer import write_stand_in_tokenizer
 from llamac.runtime.cache_folder import cache_folder
 from llamac.runtime.cli import main
+from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -32,6 +35,8 @@ CONFIG = LlamaConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
+# Far too small for a limit; the model's weights are a few KiB, too.
+PROBE_SIZE = ProbeSize(num_bytes=1 << 20, matrix_size=64)
 SIZES = ["--max-seq-len", "32", "--prefill-len", "4", "--threads", "1"]
 
 
@@ -82,16 +87,18 @@ def test_a_wrong_backend_fails_before_it_is_timed(
         max_seq_len=32,
     )
 
-    words = ["bench", "--model", str(model), *SIZES, "--prompt-len", "6", "--new-tokens", "4"]
+    words = ["--model", str(model), *SIZES, "--prompt-len", "6", "--new-tokens", "4"]
     for system in ("eager", "ort-cpu", "llama.cpp"):
         words += ["--backend", system]
-    assert main([*words, "--json", str(tmp_path / "out")]) == 1
+    assert bench.main([*words, "--json", str(tmp_path / "out")], probe_size=PROBE_SIZE) == 1
 
     eager, wrong, skipped = read_run(tmp_path / "out")["systems"]
     assert eager["status"] == "ok"
     assert len(eager["cases"][0]["prefill_s"]) == 5
     assert [len(times) for times in eager["cases"][0]["step_s"]] == [3] * 5
-    assert 0 < eager["cases"][0]["decode_share"] < 1
+    assert len(eager["cases"][0]["sampled"]["trials"]) == 5
+    assert eager["cases"][0]["limits"] == [1, 2, 3, 4, 5]  # 0 is the warm-up's
+    assert len(eager["check"]["errors"]) == 2
     assert wrong["status"] == "FAIL"
     assert "wrong logits" in wrong["message"]
     assert "cases" not in wrong
@@ -106,20 +113,21 @@ def test_a_wrong_backend_fails_before_it_is_timed(
 @pytest.mark.slow
 def test_sweep_and_cold_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model")
-    words = ["bench", "--model", str(model), *SIZES, "--backend", "ort-cpu"]
+    write_stand_in_tokenizer(model, CONFIG.vocab_size)
+    words = ["--model", str(model), *SIZES, "--backend", "ort-cpu"]
     words += ["--sweep", "32", "--cold-start", "3", "--json", str(tmp_path / "out")]
-    assert main(words) == 0
+    assert bench.main(words, probe_size=PROBE_SIZE) == 0
     run = read_run(tmp_path / "out")
     assert run["systems"] == []
     (swept,) = run["sweeps"]["32"]
     assert [point["context"] for point in swept["sweep"]] == [24]
-    assert len(swept["sweep"][0]["raw_step_s"]) == 5 * 8
+    assert [len(times) for times in swept["sweep"][0]["raw_step_s"]] == [8] * 5
     (cold,) = run["cold_start"]
     assert len(cold["starts"]) == 5
     for start in cold["starts"]:
         assert sum(start["phases"].values()) == pytest.approx(start["total_s"])
         assert min(start["phases"].values()) >= 0
-    assert {"python_s", "import_s", "load_s", "first_chunk_s"} < set(cold["phases"])
+    assert {"python_s", "import_s", "tokenizer_s", "load_s", "first_chunk_s"} < set(cold["phases"])
     charts = {path.name.rpartition("-")[2] for path in (tmp_path / "out").glob("*.png")}
     assert charts == {"sweep.png", "start.png"}
     assert "process start to first token" in capsys.readouterr().out
@@ -160,21 +168,60 @@ def test_help_is_the_benchmark_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--cold-start" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("answer", ["exit 9", "exit 0"])
-def test_the_gpu_script_wants_a_gpu(answer: str, tmp_path: Path) -> None:
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text(f"#!/bin/sh\n{answer}\n")
-    driver.chmod(0o755)
-    done = subprocess.run(
-        [Path(bench.__file__).with_name("gpu.sh")],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+def run_gpu_script(
+    *words: str, programs: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs perf/gpu.sh with a folder's programs before all others."""
+    environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+    return subprocess.run(
+        [Path(bench.__file__).with_name("gpu.sh"), *words],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("answer", ["exit 9", "exit 0"])
+def test_the_gpu_script_wants_a_gpu(answer: str, tmp_path: Path) -> None:
+    write_program(tmp_path / "nvidia-smi", answer)
+    done = run_gpu_script(programs=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "perf/gpu.sh: no NVIDIA GPU found: nvidia-smi lists none\n"
+
+
+def test_stages_of_the_gpu_script_are_benchmarks(tmp_path: Path) -> None:
+    listed = run_gpu_script("--list", programs=tmp_path).stdout.splitlines()
+    stages = {line.split()[0]: line.split()[1:] for line in listed}
+    assert {"tests", "8b-speed"} < set(stages)
+    for name, words in stages.items():
+        if name != "tests":
+            assert bench.build_parser().parse_args(words).model
+    done = run_gpu_script("8b", programs=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "perf/gpu.sh: no stage 8b; perf/gpu.sh --list names them\n"
+
+
+def test_the_gpu_script_runs_the_stages_asked_for(tmp_path: Path) -> None:
+    write_program(tmp_path / "nvidia-smi", "echo 'GPU 0: none'")
+    # The first two calls look for llamac and for a GPU.
+    write_program(tmp_path / "python", 'case "$1" in -c) ;; *) echo "$@"; exit 3 ;; esac')
+    done = run_gpu_script(
+        "8b-speed", "tests", programs=tmp_path, PYTHON=str(tmp_path / "python"), OUT="/out"
+    )
+    assert done.returncode == 1
+    gpu, *stages = done.stdout.splitlines()
+    assert gpu == "GPU 0: none"
+    assert stages[0] == "== 8b-speed"
+    assert "--device cuda --dtype bfloat16 --json /out --model llama-3-8b" in stages[1]
+    assert stages[2:] == ["== tests", "-m pytest -m gpu tests"]
+    assert "perf/gpu.sh: tests ended with code 3" in done.stderr
 
 
 def find(name: str | None, tmp_path: Path, **options: Any) -> tuple[Any, list[str]]:
@@ -188,6 +235,9 @@ def test_random_weights_are_written_once(tmp_path: Path) -> None:
     assert (model.name, model.bundle, model.config.num_hidden_layers) == ("small", None, 1)
     assert model.config.dtype == "bfloat16"
     assert len(said) == 1
+    tokenizer = load_tokenizer(model.folder)
+    assert tokenizer.vocab_size == model.config.vocab_size
+    assert tokenizer.decode(tokenizer.encode("naïve 你好\n")) == "naïve 你好\n"
     again, said = find("small", tmp_path, layers=1)
     assert again == model
     assert said == []

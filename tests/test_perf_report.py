@@ -35,14 +35,15 @@ def system(name: str, **facts: Any) -> dict[str, Any]:
         "phases": {"load_s": 0.5, "compile_s": 3.0, "warmup_s": 0.25},
         "facts": {"cache_hit": True},
         "memory": {"peak_rss_bytes": 3 << 20},
-        "check": {"error": 0.0, "message": "16 of 16 predictions agree"},
+        "check": {"errors": [0.0], "message": "16 of 16 predictions agree"},
         **facts,
     }
 
 
 def case(prefill_s: list[float], step_s: list[list[float]]) -> dict[str, Any]:
     num_new = len(step_s[0]) + 1
-    return {"prompt_len": 4, "num_new": num_new, "prefill_s": prefill_s, "step_s": step_s}
+    sizes = {"prompt_len": 4, "num_new": num_new, "limits": [0] * len(prefill_s)}
+    return {**sizes, "prefill_s": prefill_s, "step_s": step_s}
 
 
 def make_run(**parts: Any) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def make_run(**parts: Any) -> dict[str, Any]:
             "trials": 5,
         },
         "limit_samples": [
-            {"read_bytes_per_s": {"sum": 14_880.0}, "flops_per_s": {"float32": 1e9}},
+            {"read_bytes_per_s": {"sum": 14_880.0}, "flops_per_s": {"float32": {"torch": 1e9}}},
         ],
         "systems": [],
         "sweeps": {},
@@ -112,6 +113,56 @@ def test_statistics_of_literal_times() -> None:
     assert found["prefill_share"] == pytest.approx((1264 + 128 + 40) / 14_880 / 0.5)
 
 
+def test_a_share_is_of_its_own_trial_s_limit() -> None:
+    """Over the best rate of the run one speed became shares of 62 and of 89 %."""
+    found = case([0.5, 0.25, 0.125], [[0.2, 0.2], [0.1, 0.1], [0.05, 0.05]])
+    run = make_run(systems=[system("compile", cases=[found | {"limits": [0, 1, 2]}])])
+    # A neighbour leaves half of the bandwidth, then all: the system is as good in every trial.
+    run["limit_samples"] = [
+        {"read_bytes_per_s": {"sum": rate}, "flops_per_s": {"float32": {"torch": 1e9}}}
+        for rate in (14_160.0, 28_320.0, 56_640.0)
+    ]
+    summarize(run)
+    found = run["systems"][0]["cases"][0]
+    assert found["decode_share"] == pytest.approx(0.5)
+    assert found["prefill_share"] == pytest.approx(1432 / 14_160 / 0.5)
+    assert found["decode_limit_s"] == pytest.approx(0.05)
+    assert run["limits"]["read_bytes_per_s"] == {
+        "median": 28_320.0,
+        "least": 14_160.0,
+        "most": 56_640.0,
+    }
+
+
+def sampled(total_s: float, step_s: list[float]) -> dict[str, Any]:
+    return {"total_s": total_s, "ttft_s": [0.5, 0.75, 1.0], "step_s": step_s}
+
+
+def test_a_batch_from_end_to_end_has_a_rate_of_all_and_of_each() -> None:
+    found = case([0.5], [[0.2, 0.2]])
+    found["sampled"] = {"trials": [sampled(2.0, [0.25, 0.5]), sampled(3.0, [0.5])]}
+    run = make_run(systems=[system("compile", cases=[found], batch_size=3)])
+    summarize(run)
+    assert lines_of(to_markdown(run), "compile")[1] == [
+        "compile",
+        "float32",
+        "3",
+        "4 + 3",
+        "0.75",
+        "500 (300 - 500)",
+        "6 (3 x 2)",
+        "3.6",  # 9 tokens in 2.5 seconds
+    ]
+
+
+def test_no_step_of_all_sequences_is_no_rate() -> None:
+    found = case([0.5], [[0.2, 0.2]])
+    found["sampled"] = {"trials": [sampled(2.0, [])]}
+    run = make_run(systems=[system("compile", cases=[found])])
+    summarize(run)
+    assert lines_of(to_markdown(run), "compile")[1][5:7] == ["-", "-"]
+
+
 def test_a_batch_counts_all_its_tokens() -> None:
     batch = system("compile", cases=[case([0.5], [[0.2, 0.2]])], batch_size=3)
     run = make_run(systems=[batch])
@@ -126,10 +177,10 @@ def test_a_wrong_system_gets_no_number() -> None:
     run["systems"][1] |= {"precision": "float32", "cases": [case([0.1], [[0.123456, 0.123456]])]}
     summarize(run)
     text = to_markdown(run)
-    assert lines_of(text, "eager") == [["eager", "FAIL"] + [""] * 9]
+    assert lines_of(text, "eager") == [["eager", "FAIL"] + [""] * 10]
     assert "**eager: FAIL**: wrong logits: all" in text
     assert "123.5" not in text
-    assert lines_of(text, "genai") == [["genai", "skipped"] + [""] * 9]
+    assert lines_of(text, "genai") == [["genai", "skipped"] + [""] * 10]
     assert "**genai: skipped**: pip install it" in text
 
 
@@ -137,6 +188,7 @@ def test_the_table_says_what_was_measured() -> None:
     run = make_timed_run()
     summarize(run)
     text = to_markdown(run)
+    assert "each the replay of one graph" not in text
     speed, startup = lines_of(text, "compile")
     assert speed == [
         "compile",
@@ -148,6 +200,7 @@ def test_the_table_says_what_was_measured() -> None:
         "19%",
         "200 (150 - 250)",
         "5",
+        "7.08e-06",
         "48%",
         "3.0 MiB",
     ]
@@ -187,12 +240,20 @@ def test_a_single_new_token_has_no_step_time() -> None:
     run = make_run(systems=[system("compile", cases=[case([0.5, 0.5], [[], []])])])
     summarize(run)
     assert "tpot_s" not in run["systems"][0]["cases"][0]
-    assert lines_of(to_markdown(run), "compile")[0][7:10] == ["-", "-", "-"]
+    assert lines_of(to_markdown(run), "compile")[0][7:11] == ["-", "-", "-", "-"]
+
+
+def test_replays_are_a_remark() -> None:
+    run = make_timed_run()
+    run["systems"][0]["facts"] |= {"recompiles": 0, "steps": 99, "graph_replays": 99}
+    summarize(run)
+    assert "- compile, batch 1: 99 steps, each the replay of one graph" in to_markdown(run)
 
 
 def make_sweep_run() -> dict[str, Any]:
     def swept(name: str, factor: float) -> dict[str, Any]:
-        return system(name, sweep={"1": [factor, 3 * factor], "6": [2 * factor, 2 * factor]})
+        points = {"1": [[factor], [3 * factor]], "6": [[2 * factor], [2 * factor]]}
+        return system(name, sweep=points, limits=[0, 0])
 
     failed = {"name": "genai", "batch_size": 1, "status": "FAIL", "message": "broke", "sweep": {}}
     return make_run(

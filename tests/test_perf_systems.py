@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from llamac.model.llama import rotate
 from llamac.model.tables import rope_tables
 from llamac.perf.llama_cpp_peer import permute_rope
 from llamac.perf.setup import Runner, Setup
+from llamac.perf.stand_in_tokenizer import write_stand_in_tokenizer
 from llamac.perf.systems import PEERS, SYSTEMS, BackendRunner
 from llamac.runtime.backend import BackendUnavailableError, StaticShape
 
@@ -133,6 +135,33 @@ def test_peers_seek_by_feeding_tokens(system: str, checkpoint: Path, tmp_path: P
     np.testing.assert_allclose(runner.decode(ids), after_prompt, rtol=rtol, atol=atol)
 
 
+def test_requests_run_from_end_to_end(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    write_stand_in_tokenizer(folder, 90)  # of 97 ids
+    runner = open_system(folder, "eager", tmp_path)
+    assert isinstance(runner, BackendRunner)
+    assert runner.phases["tokenizer_s"] > 0
+    times = runner.generate([[1, 2, 3, 4, 96], [6]], num_new=4, seed=0)
+    assert len(times["ttft_s"]) == 2
+    # One request is a step ahead of the other, so of three steps each two are shared.
+    assert len(times["step_s"]) == 2
+    assert max(times["ttft_s"]) + sum(times["step_s"]) <= times["total_s"]
+    times = runner.generate([[1, 2, 3]] * 2, num_new=1, seed=0)
+    assert times["step_s"] == []
+
+
+@pytest.mark.slow
+def test_a_compiled_system_says_that_nothing_was_compiled_later(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    runner = open_system(checkpoint, "compile", tmp_path)
+    run_steps(runner, 2)
+    assert runner.facts["recompiles"] == 0
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert runner.facts["recompiles"] == 1
+
+
 @pytest.mark.parametrize(
     ("system", "module"),
     [
@@ -242,3 +271,15 @@ def test_seek_and_reset_move_the_position() -> None:
     runner.reset()
     runner.decode(np.array([0, 0]))
     assert [call[2] for call in backend.calls] == [[7, 7], [0, 0]]
+
+
+def test_calls_are_counted() -> None:
+    """On a GPU as many replays are expected."""
+    backend = _Recorder()
+    runner = BackendRunner(
+        backend, precision="float32", phases={}, facts={}, count=lambda calls: {"steps": calls}
+    )
+    runner.extend(np.array([[1, 2, 0, 1, 2], [0, 0, 0, 0, 1]]))
+    runner.decode(np.array([2, 1]))
+    runner.generate([[1, 2, 0, 1, 2], [1]], num_new=3, seed=0)
+    assert runner.facts == {"steps": len(backend.calls)}
