@@ -6,9 +6,11 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -395,3 +397,70 @@ def test_ctrl_c_while_loading(bundle: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("llamac.runtime.ort.ort_backend.open_session", press)
     assert main(["run", str(bundle)]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+# The process around it
+
+
+def llamac(*words: str | Path, shell: str = "", **options) -> subprocess.CompletedProcess[str]:
+    """A process of its own, its streams as a shell would redirect them."""
+    code = "import sys; from llamac.runtime.cli import main; sys.exit(main())"
+    line = shlex.join([sys.executable, "-c", code, *map(str, words)])
+    return subprocess.run(
+        ["bash", "-c", f"{line} {shell}"], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_streams_that_are_closed_or_full(bundle: Path):
+    words = ("run", bundle, "ab", "--max-new-tokens", "2", "--seed", "1")
+    # A closed stdout was a traceback; with a closed stderr the speed line went to stdout.
+    done = llamac(*words, shell=">&-")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
+    done = llamac(*words, shell="2>&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tok/s" not in done.stdout
+    done = llamac(*words, shell=">/dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "llamac: standard output: No space left on device\n"
+    done = llamac(*words, shell="2>/dev/full")
+    assert (done.returncode, done.stdout[:2]) == (0, "ab")
+    done = llamac("run", bundle, "-", shell="<&-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "llamac: standard input is closed; pipe a text into it\n"
+
+
+def test_sigterm_and_ctrl_c_while_modules_are_imported(bundle: Path):
+    # It was a traceback of whatever was being imported.
+    code = """
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.Signals[sys.argv.pop()])
+sys.meta_path.insert(0, Press())
+from llamac.runtime.cli import main
+sys.exit(main())
+"""
+    for name, expected in (("SIGINT", 130), ("SIGTERM", 143)):
+        words = [sys.executable, "-c", code, "run", str(bundle), name]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (expected, "", "")
+
+
+def test_what_a_file_holds_reaches_the_terminal_as_plain_text(refused, damaged: Path):
+    path = damaged / "tokenizer_config.json"
+    path.rename(damaged / "esc\x1b]0;title\x07.json")
+    refused(r"esc\?\]0;title\?\.json: not part of this bundle|missing", "run", damaged)
+
+
+def test_the_caches_sizes_and_none_of_them(run, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel = tmp_path / "llamac" / "inductor" / "kernel.so"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(bytes(2048))
+    code, out, _ = run("cache")
+    assert code == 0
+    assert re.search(r"inductor +2.0 KiB", out)
+    code, _, _ = run("cache", "--clear")
+    assert code == 0
+    assert not kernel.exists()

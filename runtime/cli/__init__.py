@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .dispatch import run
 
             exit_code = run(argv)
-            sys.stdout.flush()
+            if exit_code == 0:
+                sys.stdout.flush()
         except BaseException:
             if not signals:
                 raise

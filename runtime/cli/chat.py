@@ -8,7 +8,7 @@ from ..language_model import LanguageModel
 from ..request import Request
 from ..text.chat_template import ChatTemplate
 from .commands import INTERRUPTED
-from .terminal import say
+from .terminal import emit, say
 
 __all__ = ["chat"]
 
@@ -72,10 +72,10 @@ def _answer(
             # Templates put their own space before an answer.
             text = event.text if answer else event.text.lstrip(" ")
             answer += text
-            print(text, end="", flush=True)
+            emit(text, end="")
     except KeyboardInterrupt:
         events.close()
-    print(flush=True)
+    emit()
     conversation.messages.append({"role": "assistant", "content": answer})
 
 

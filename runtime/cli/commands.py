@@ -16,7 +16,7 @@ from ..chunks import next_chunk
 from ..language_model import LanguageModel
 from ..request import Completion, Event, Request
 from ..sampling import log_softmax
-from .terminal import say
+from .terminal import emit, say
 
 __all__ = ["INTERRUPTED", "generate_texts", "score_text"]
 
@@ -62,7 +62,7 @@ def generate_texts(
     if as_json:
         pairs = zip(done, requests, strict=True)
         objects = [_to_json(model, completion, request) for completion, request in pairs]
-        print(json.dumps(objects[0] if len(objects) == 1 else objects))
+        emit(json.dumps(objects[0] if len(objects) == 1 else objects))
     say(_speed_line(model, done, requests))
     for completion in done:
         if completion.error is not None:
@@ -110,9 +110,9 @@ def score_text(model: LanguageModel, text: str, *, as_json: bool) -> int:
             "logprobs": [logprob for _, logprob in scored],
             "backend": model.name,
         }
-        print(json.dumps(result))
+        emit(json.dumps(result))
     else:
-        print(f"perplexity {perplexity:.4f} over {len(scored)} tokens")
+        emit(f"perplexity {perplexity:.4f} over {len(scored)} tokens")
     return 0
 
 
@@ -132,12 +132,12 @@ def _print_pages(pages: deque[_Page]) -> None:
     """Streams the first unfinished page; those behind it wait for their turn."""
     while pages:
         page = pages[0]
-        print(page.unprinted, end="", flush=True)
+        emit(page.unprinted, end="")
         page.unprinted = ""
         if page.completion is None:
             return
         pages.popleft()
-        print("\n" if pages else "", flush=True)
+        emit("\n" if pages else "")
 
 
 def _logprobs(backend: Any, sequence: list[int]) -> list[float]:

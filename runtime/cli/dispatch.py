@@ -14,9 +14,11 @@ from typing import Any
 from ..backend import BackendUnavailableError
 from ..bundle.inspect import describe_bundle, print_bundle
 from ..bundle.manifest import open_bundle
+from ..cache_folder import cache_root, cache_sizes, clear_caches
 from ..chunks import check_prompt
 from ..language_model import RequestOptions
 from ..load import LoadOptions, Source, open_source
+from ..memory import format_bytes
 from ..request import Request
 from ..sampling import SamplingParams
 from ..text.chat_template import ChatTemplate
@@ -27,7 +29,8 @@ from .commands import generate_texts, score_text
 from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
 from .input_text import checked_text, read_prompts, read_text, typed_lines
 from .options import parse_words
-from .terminal import LineFormatter, progress_bar, say, status
+from .terminal import LineFormatter, emit, progress_bar, say, status
+from .text_table import format_table
 
 __all__ = ["run"]
 
@@ -62,6 +65,7 @@ def run(words: Sequence[str]) -> int:
             "inspect": _inspect,
             "verify": _verify,
             "doctor": _doctor,
+            "cache": _cache,
             "init": _init,
             "bench": _bench,
         },
@@ -94,6 +98,16 @@ def run(words: Sequence[str]) -> int:
         problem = str(error) or type(error).__name__
     say(f"llamac: {problem}")
     return 2
+
+
+def _cache(args: argparse.Namespace) -> int:
+    sizes = cache_sizes()
+    if args.clear:
+        clear_caches()
+    rows = [(name, format_bytes(size)) for name, size in sorted(sizes.items())]
+    state = "cleared" if args.clear else "kept"
+    emit(format_table([(str(cache_root()), state), *rows]))
+    return 0
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -238,7 +252,7 @@ def _export(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     manifest = open_bundle(args.bundle, check=args.check)
     if args.json:
-        print(json.dumps(describe_bundle(manifest)))
+        emit(json.dumps(describe_bundle(manifest)))
     else:
         print_bundle(manifest)
     return 0
@@ -260,7 +274,7 @@ def _verify(args: argparse.Namespace) -> int:
             engine_build=args.engine_build,
             progress=progress,
         )
-    print(verification_json(result) if args.json else format_verification(result))
+    emit(verification_json(result) if args.json else format_verification(result))
     say(f"report: {write_report(result, manifest.folder)}")
     return 0 if result.passed else 1
 
@@ -275,7 +289,7 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         found = torch_findings()
     diagnosis = examine(found)
-    print(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
+    emit(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
     return 0
 
 

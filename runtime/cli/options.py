@@ -98,6 +98,8 @@ def _build_parser(
 
     doctor = add("doctor", "what each backend needs, and what is here", "llamac doctor")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    cache = add("cache", "how much llamac's caches hold", "llamac cache --clear")
+    cache.add_argument("--clear", action="store_true", help="delete what they hold")
 
     # Its options are its own parser's: here no word is an option, so all of them are passed on.
     bench = subparsers.add_parser(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["LineFormatter", "one_line", "progress_bar", "say", "status"]
+__all__ = ["LineFormatter", "emit", "one_line", "progress_bar", "say", "status"]
 
 _MAX_LINE = 600  # characters of a message: paths are long, quoted files may be longer
 
@@ -32,6 +32,25 @@ def one_line(text: str) -> str:
         return line
     half = _MAX_LINE // 2
     return f"{line[:half]} ... {line[-half:]}"
+
+
+def emit(text: str = "", end: str = "\n") -> None:
+    """Prints a result to stdout at once.
+
+    Args:
+        text: Of any length.
+        end: What follows it.
+
+    Raises:
+        BrokenPipeError: Nobody reads it any more.
+        OSError: It can't be written; the message names standard output.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"standard output: {error.strerror}") from None
 
 
 def say(text: str) -> None:
