@@ -338,7 +338,7 @@ def test_bad_steps_are_refused(backend: OrtBackend, ids, positions, message: str
 
 def test_bad_options_are_refused(bundle: Manifest):
     for options, message in (
-        ({"threads": 0}, "threads is 0; it must be from 1 to 1024"),
+        ({"threads": 0}, "threads is 0; it must be between 1 and 1024"),
         # Used to end in a traceback of onnxruntime's bindings.
         ({"threads": 2**31}, "threads is 2147483648; it must be from 1 to 1024"),
         ({"device_id": 1}, "device_id is 1; there is only 0"),

@@ -235,7 +235,7 @@ def test_python_says_what_the_command_says(run, bundle: Path):
     [
         (("--top-p", "2"), "top_p is 2.0; it must be"),
         (("--logprobs", "2"), "--logprobs is printed as JSON only; add --json"),
-        (("--threads", "0"), "threads is 0; it must be at least 1"),
+        (("--threads", "0"), "threads is 0; it must be between 1 and 1024"),
         (("--prompt", "x" * 32), "prompt has 33 tokens, max_seq_len is 32; shorten the prompt"),
         (("--prompt-file", "absent.txt"), "absent.txt: no such file"),
         (("--provider", "tpu"), "invalid choice: 'tpu'"),

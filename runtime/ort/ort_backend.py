@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backend import BackendUnavailableError, StaticShape
+from ..backend import MAX_THREADS, BackendUnavailableError, StaticShape
 from ..bundle.inspect import describe_bundle
 from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
 from ..memory import available_bytes, format_bytes
@@ -32,7 +32,6 @@ _TARGETS = {
     "tensorrt": ("tensorrt",),
 }
 _TENSORRT_ALIGNMENT = 256  # of every address that is bound to an engine
-_MAX_THREADS = 1024  # far past any machine's cores, far below where the system has no more
 
 
 class OrtBackend:
@@ -78,8 +77,8 @@ class OrtBackend:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         begin = time.perf_counter()
-        if threads is not None and not 1 <= threads <= _MAX_THREADS:
-            raise ValueError(f"threads is {threads}; it must be from 1 to {_MAX_THREADS}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads is {threads}; it must be between 1 and {MAX_THREADS}")
         if problem := provider_problem(provider):
             raise BackendUnavailableError(f"--provider {provider}: {problem}")
         manifest = bundle if isinstance(bundle, Manifest) else open_bundle(bundle)
