@@ -381,7 +381,7 @@ def test_tokenizer_json_wins_and_differing_sizes_warn(folders, copied, caplog):
     model.write_bytes(rank_lines())
     load_tokenizer(folder)
     assert "has 525" in caplog.text
-    model.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    model.write_bytes(b"no model of any kind\n")
     load_tokenizer(folder)
     assert "neither SentencePiece nor a rank file" in caplog.text
     assert all(record.levelno == logging.WARNING for record in caplog.records)

@@ -192,6 +192,7 @@ def test_the_bundle_brings_its_own_reference(bfloat16: Manifest):
     assert on_cpu(bfloat16).passed
 
 
+@pytest.mark.slow
 def test_the_exact_weights_are_the_reference_where_there_are_narrower_ones(narrowed: Manifest):
     """The folder's model.safetensors is the bfloat16 copy; cpu graphs would fail against it."""
     assert open_checkpoint(narrowed.folder).tensors["model.norm.weight"].dtype == "bfloat16"
