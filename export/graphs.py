@@ -37,9 +37,10 @@ from onnxscript.rewriter.rules.common import reshape_reshape_rule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..model.cache import KVCache
+from ..model.cache import KVCache, layer_buffers
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
+from ..runtime.backend import StepInputs
 from ..runtime.bundle.manifest import WeightFile
 from .operators import ExportAttention, GroupQueryAttention, StandardAttention
 
@@ -63,7 +64,6 @@ TARGETS: dict[str, type[ExportAttention]] = {
 }
 
 
-_STEP_INPUTS = ("input_ids", "positions", "write_indices", "logit_indices")
 _ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 _MAX_CONSTANT_SIZE = 1 << 20  # elements: arange(S) is the longest
 
@@ -99,7 +99,7 @@ def _attention_type(spec: GraphSpec) -> type[ExportAttention]:
 
 def input_names(config: LlamaConfig) -> list[str]:
     """The graph's inputs in their order."""
-    return [*_STEP_INPUTS, *_cache_names(config, "past_key_values")]
+    return [*StepInputs.graph_sizes(1, 1, 1), *_cache_names(config, "past_key_values")]
 
 
 def output_names(config: LlamaConfig) -> list[str]:
@@ -121,10 +121,9 @@ def trace_graph(config: LlamaConfig, spec: GraphSpec) -> ir.Model:
     names = input_names(config)
     with _quiet(), FakeTensorMode():
         step = _Step(config, spec, dtype)
-        sizes = [(spec.batch, spec.tokens), (spec.batch,), (spec.batch,), (spec.batch, spec.logits)]
-        cache = (spec.batch, config.num_key_value_heads, spec.rows, config.head_dim)
-        inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-        inputs += [torch.zeros(cache, dtype=dtype) for _ in names[len(sizes) :]]
+        sizes = StepInputs.graph_sizes(spec.batch, spec.tokens, spec.logits)
+        inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes.values()]
+        inputs += KVCache.allocate(config, spec.batch, spec.rows, dtype=dtype).buffers
         program = torch.onnx.export(
             torch.export.export(step, tuple(inputs), strict=False),
             dynamo=True,
@@ -209,14 +208,16 @@ class _Step(nn.Module):
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
         attention = self.attention()
-        past = KVCache(cache[0::2], cache[1::2])
+        size = len(cache) // self.llama.config.num_hidden_layers
+        past = KVCache(tuple(zip(*[iter(cache)] * size, strict=True)))
         logits = self.llama(input_ids, positions, write_indices, logit_indices, past, attention)
         return (logits, *(buffer for layer in attention.written for buffer in layer))
 
 
 def _cache_names(config: LlamaConfig, prefix: str) -> list[str]:
+    declared = layer_buffers(config, 1, 1, dtype=torch.float32)
     layers = range(config.num_hidden_layers)
-    return [f"{prefix}.{i}.{kind}" for i in layers for kind in ("key", "value")]
+    return [f"{prefix}.{i}.{one.name}" for i in layers for one in declared]
 
 
 def _name_weights(model: ir.Model, config: LlamaConfig) -> None:

@@ -19,11 +19,11 @@ class ExportAttention(Attention):
     """An attention that records what it writes.
 
     Attributes:
-        written: Per layer the K and V cache after the write, [B, K, S, D], in the order of layers.
+        written: Per layer its buffers after the write, in the order of layers.
     """
 
     def __init__(self) -> None:
-        self.written: list[tuple[Tensor, Tensor]] = []
+        self.written: list[tuple[Tensor, ...]] = []
 
 
 class StandardAttention(ExportAttention):
@@ -35,36 +35,38 @@ class StandardAttention(ExportAttention):
     written out.
     """
 
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        """Returns the mask [B, 1, T, S] bool and write_indices."""
-        return causal_mask(positions, num_tokens, max_seq_len), write_indices
+    def __init__(self) -> None:
+        super().__init__()
+        self._mask: Tensor | None = None  # [B, 1, T, S] bool, of all layers
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: tuple[Tensor, ...],
+        *,
         cos: Tensor,
         sin: Tensor,
-        *shared: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        slots: Tensor,
+        scale: float,
     ) -> Tensor:
         """See Attention."""
-        mask, write_indices = shared
+        k_cache, v_cache = cache
+        if self._mask is None:
+            self._mask = causal_mask(positions, q.shape[1], k_cache.shape[2])
         k_cache = _scatter(k_cache, _rotate(k.transpose(1, 2), cos, sin), write_indices)
         v_cache = _scatter(v_cache, v.transpose(1, 2), write_indices)
         self.written.append((k_cache, v_cache))
         # TensorRT's parser scales q and k by a rounded 1 / D**0.25 each, over the whole cache.
-        scale = q.shape[-1] ** -0.5
         q = _rotate(q.transpose(1, 2), cos, sin, scale=scale)  # [B, H, T, D]
         if not _has_kernel(q):
-            return _attend(q, k_cache, v_cache, mask).transpose(1, 2)
+            return _attend(q, k_cache, v_cache, self._mask).transpose(1, 2)
         out = torch.onnx.ops.symbolic(
             "Attention",
-            (q, k_cache, v_cache, mask),
+            (q, k_cache, v_cache, self._mask),
             {"scale": 1.0},  # TensorRT refuses softmax_precision
             dtype=q.dtype,
             shape=q.shape,
@@ -80,37 +82,43 @@ class GroupQueryAttention(ExportAttention):
     causal mask is over rows. RoPE stays outside, in float32 and at the absolute position.
     """
 
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        """Returns seqlens_k [B] int32 (rows after the write - 1), and S as an int32 scalar.
-
-        The operator calls the scalar total_sequence_length; a constant S is exact, and captured
-        CUDA graphs need it constant.
-        """
-        seqlens = (write_indices + (num_tokens - 1)).to(torch.int32)
-        return seqlens, torch.full((), max_seq_len, dtype=torch.int32)
+    def __init__(self) -> None:
+        super().__init__()
+        self._lengths: tuple[Tensor, Tensor] | None = None  # [B] and [] int32, of all layers
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: tuple[Tensor, ...],
+        *,
         cos: Tensor,
         sin: Tensor,
-        *shared: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        slots: Tensor,
+        scale: float,
     ) -> Tensor:
         """See Attention."""
-        seqlens, total = shared
+        k_cache, v_cache = cache
+        if self._lengths is None:
+            # What the operator calls seqlens_k, rows after the write - 1, and
+            # total_sequence_length: a constant S is exact, and captured CUDA graphs need it.
+            seqlens = (write_indices + (q.shape[1] - 1)).to(torch.int32)
+            self._lengths = seqlens, torch.full((), k_cache.shape[2], dtype=torch.int32)
         num_heads, num_kv_heads = q.shape[2], k.shape[2]
         query = _rotate(q.flatten(2), cos, sin, num_heads=num_heads)  # [B, T, H*D]
         key = _rotate(k.flatten(2), cos, sin, num_heads=num_kv_heads)
         out, k_cache, v_cache = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (query, key, v.flatten(2), k_cache, v_cache, seqlens, total),
-            {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "do_rotary": 0},
+            (query, key, v.flatten(2), k_cache, v_cache, *self._lengths),
+            {
+                "num_heads": num_heads,
+                "kv_num_heads": num_kv_heads,
+                "do_rotary": 0,
+                "scale": scale,
+            },
             dtypes=(q.dtype, k_cache.dtype, v_cache.dtype),
             shapes=(query.shape, k_cache.shape, v_cache.shape),
             version=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,20 +10,51 @@ from torch import Tensor
 
 from .config import LlamaConfig
 
-__all__ = ["KVCache", "cache_bytes"]
+__all__ = ["CacheBuffer", "KVCache", "cache_bytes", "layer_buffers"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheBuffer:
+    """One of the buffers that every layer has.
+
+    Attributes:
+        name: What it holds.
+        shape: Its size, slots first.
+        dtype: Its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def layer_buffers(
+    config: LlamaConfig, batch_size: int, max_seq_len: int, *, dtype: torch.dtype
+) -> tuple[CacheBuffer, ...]:
+    """Declares what a layer keeps: everything else about the cache follows from this.
+
+    Args:
+        config: Supplies the head and width counts.
+        batch_size: B, number of slots.
+        max_seq_len: S, rows of a slot.
+        dtype: Of keys and values.
+
+    Returns:
+        Keys and values, each [B, K, S, D], in the order in which attention gets them.
+    """
+    shape = (batch_size, config.num_key_value_heads, max_seq_len, config.head_dim)
+    return tuple(CacheBuffer(name=name, shape=shape, dtype=dtype) for name in ("key", "value"))
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One K and one V buffer per layer, allocated once.
+    """The buffers of every layer, allocated once.
 
     Attributes:
-        k: Per layer [B, K, S, D].
-        v: Per layer [B, K, S, D].
+        layers: Per layer its buffers, in layer_buffers' order.
     """
 
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
+    layers: tuple[tuple[Tensor, ...], ...]
 
     @classmethod
     def allocate(
@@ -40,27 +72,40 @@ class KVCache:
             config: Supplies the layer, head and width counts.
             batch_size: B, number of slots.
             max_seq_len: S, rows of a slot.
-            dtype: Element type.
+            dtype: Of keys and values.
             device: Where the buffers live.
 
         Returns:
             The cache.
         """
-        size = (batch_size, config.num_key_value_heads, max_seq_len, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        declared = layer_buffers(config, batch_size, max_seq_len, dtype=dtype)
         return cls(
-            tuple(torch.zeros(size, dtype=dtype, device=device) for _ in layers),
-            tuple(torch.zeros(size, dtype=dtype, device=device) for _ in layers),
+            tuple(
+                tuple(torch.zeros(one.shape, dtype=one.dtype, device=device) for one in declared)
+                for _ in range(config.num_hidden_layers)
+            )
         )
 
-    def slot(self, index: int) -> KVCache:
-        """One slot as a contiguous batch-1 view that shares memory with this cache."""
-        return KVCache(
-            tuple(k[index : index + 1] for k in self.k), tuple(v[index : index + 1] for v in self.v)
-        )
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All buffers, layer by layer."""
+        return tuple(buffer for layer in self.layers for buffer in layer)
 
 
-def cache_bytes(config: LlamaConfig, batch_size: int, max_seq_len: int, itemsize: int) -> int:
-    """Bytes of a cache of B slots and S rows with elements of `itemsize` bytes."""
-    row = config.num_key_value_heads * config.head_dim * itemsize
-    return 2 * config.num_hidden_layers * batch_size * max_seq_len * row
+def cache_bytes(
+    config: LlamaConfig, batch_size: int, max_seq_len: int, *, dtype: torch.dtype
+) -> int:
+    """Bytes of a cache of B slots and S rows.
+
+    Args:
+        config: Supplies the layer, head and width counts.
+        batch_size: B.
+        max_seq_len: S.
+        dtype: Of keys and values.
+
+    Returns:
+        The size in bytes.
+    """
+    declared = layer_buffers(config, batch_size, max_seq_len, dtype=dtype)
+    layer = sum(math.prod(one.shape) * one.dtype.itemsize for one in declared)
+    return config.num_hidden_layers * layer

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-
 import torch
 
 from ..runtime.cli.doctor import Finding, torch_finding
-from .compiled.torch_backend import compiler_problem
+from .compiled.inductor import compiler_problem, compiler_version
 
 __all__ = ["torch_findings"]
 
@@ -22,20 +18,12 @@ def torch_findings() -> list[Finding]:
     """
     found = f"torch {torch.__version__}"
     problem = compiler_problem()
-    compiler = found if problem else f"{found}, {_compiler_version()}"
+    compiler = found if problem else f"{found}, {compiler_version()}"
     return [
         torch_finding("torch-eager", found, None),
         torch_finding("torch-compile", compiler, problem),
         torch_finding("torch-cuda", _cuda_version(), _cuda_problem()),
     ]
-
-
-def _compiler_version() -> str:
-    """The first line of what the compiler says of itself."""
-    path = shutil.which(os.environ.get("CXX", "g++"))
-    assert path is not None
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return answer.stdout.partition("\n")[0] or path
 
 
 def _cuda_version() -> str:

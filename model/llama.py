@@ -9,6 +9,7 @@ Hidden states stay 2-D, [B*T, E], so that every weight product is one plain matr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from .cache import KVCache
 from .config import LlamaConfig
 from .kernels.live_attention import attend_live
 from .linear import Linear
-from .tables import causal_mask, rope_tables
+from .tables import rope_tables
 
 __all__ = ["Attention", "Llama", "TorchAttention"]
 
@@ -27,26 +28,23 @@ __all__ = ["Attention", "Llama", "TorchAttention"]
 class Attention(Protocol):
     """The seam that keeps this file free of branches: RoPE, cache write and attention of a layer.
 
-    `prepare` runs once a step, the call once a layer. The torch form writes the cache in place;
-    the export forms emit ONNX operators and keep the written caches as graph outputs.
+    The torch form writes the cache in place; the export forms emit ONNX operators and keep the
+    written caches as graph outputs.
     """
-
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        """Builds what all layers share from positions and write_indices, each [B] int64."""
-        ...
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: tuple[Tensor, ...],
+        *,
         cos: Tensor,
         sin: Tensor,
-        *shared: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        slots: Tensor,
+        scale: float,
     ) -> Tensor:
         """Rotates, writes and attends.
 
@@ -54,11 +52,13 @@ class Attention(Protocol):
             q: [B, T, H, D] queries before RoPE.
             k: [B, T, K, D] keys before RoPE.
             v: [B, T, K, D] values.
-            k_cache: [B, K, S, D] keys so far.
-            v_cache: [B, K, S, D] values so far.
+            cache: The layer's buffers (see cache.layer_buffers), of any number of slots.
             cos: [B, T, D/2] float32.
             sin: [B, T, D/2] float32.
-            shared: What prepare returned.
+            positions: [B] int64, of each row's first token.
+            write_indices: [B] int64, the cache row it is written to.
+            slots: [B] int64, the cache slot of each row.
+            scale: Of the products of queries and keys.
 
         Returns:
             [B, T, H, D] in q's dtype.
@@ -73,34 +73,31 @@ class TorchAttention(nn.Module):
     is called with are tensors and modules.
     """
 
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        """Returns the mask [B, 1, T, S] bool, the rows written [B, T] int64, and positions."""
-        rows = write_indices[:, None] + torch.arange(num_tokens, device=positions.device)
-        return causal_mask(positions, num_tokens, max_seq_len), rows, positions
-
     def forward(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: tuple[Tensor, ...],
+        *,
         cos: Tensor,
         sin: Tensor,
-        *shared: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        slots: Tensor,
+        scale: float,
     ) -> Tensor:
         """See Attention."""
-        mask, rows, positions = shared
+        k_cache, v_cache = cache
         q = rotate(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
         k = rotate(k, cos, sin).transpose(1, 2)  # [B, K, T, D]
-        batch, heads = (torch.arange(n, device=q.device) for n in k.shape[:2])
-        index = (batch[:, None, None], heads[:, None], rows[:, None])
+        heads, tokens = (torch.arange(n, device=q.device) for n in k.shape[1:3])
+        rows = write_indices[:, None] + tokens  # [B, T]
+        index = (slots[:, None, None], heads[:, None], rows[:, None])
         # Inductor writes index_put_ in place; scatter_ it would do on a copy of the whole cache.
         k_cache.index_put_(index, k)
         v_cache.index_put_(index, v.transpose(1, 2))
-        return attend_live(q, k_cache, v_cache, positions, mask)
+        return attend_live(q, k_cache, v_cache, positions, slots, scale)
 
 
 def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:
@@ -131,6 +128,11 @@ class Llama(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: the norms', which no form of the weights changes."""
+        return self.model.norm.weight.dtype
+
     def forward(
         self,
         input_ids: Tensor,
@@ -139,7 +141,9 @@ class Llama(nn.Module):
         logit_indices: Tensor,
         cache: KVCache,
         attention: Attention,
-        call_layer: Callable[..., Tensor] = call_layer,
+        *,
+        slots: Tensor | None = None,
+        run_layer: Callable[..., Tensor] = call_layer,
     ) -> Tensor:
         """Runs T tokens of each row through the model and its cache.
 
@@ -150,19 +154,23 @@ class Llama(nn.Module):
             logit_indices: [B, N] int64, which of the T tokens the head runs on.
             cache: The rows so far; written by `attention`.
             attention: The seam; see Attention.
-            call_layer: How a layer is called.
+            slots: [B] int64, the cache slot of each row; None is each row's own number.
+            run_layer: How a layer is called.
 
         Returns:
             [B, N, V] float32 logits.
         """
         batch_size, num_tokens = input_ids.shape
-        shared = attention.prepare(positions, write_indices, num_tokens, cache.k[0].shape[2])
+        if slots is None:
+            slots = torch.arange(batch_size, device=positions.device)
         tokens = positions[:, None] + torch.arange(num_tokens, device=positions.device)
         cos, sin = F.embedding(tokens, self.cos), F.embedding(tokens, self.sin)  # [B, T, D/2]
 
         hidden = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B*T, E]
-        for layer, k_cache, v_cache in zip(self.model.layers, cache.k, cache.v, strict=True):
-            hidden = call_layer(layer, attention, hidden, k_cache, v_cache, cos, sin, *shared)
+        for layer, buffers in zip(self.model.layers, cache.layers, strict=True):
+            hidden = run_layer(
+                layer, attention, hidden, cos, sin, positions, write_indices, slots, *buffers
+            )
 
         starts = torch.arange(batch_size, device=positions.device)[:, None] * num_tokens
         hidden = hidden.index_select(0, (starts + logit_indices).flatten())  # [B*N, E]
@@ -202,8 +210,28 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _MLP(config)
 
-    def forward(self, attention: Attention, hidden: Tensor, *step: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(attention, self.input_layernorm(hidden), *step)
+    def forward(
+        self,
+        attention: Attention,
+        hidden: Tensor,  # [B*T, E]
+        cos: Tensor,  # [B, T, D/2]
+        sin: Tensor,  # [B, T, D/2]
+        positions: Tensor,  # [B]
+        write_indices: Tensor,  # [B]
+        slots: Tensor,  # [B]
+        *cache: Tensor,
+    ) -> Tensor:  # [B*T, E]
+        x = self.input_layernorm(hidden)
+        attend = partial(
+            attention,
+            cache=cache,
+            cos=cos,
+            sin=sin,
+            positions=positions,
+            write_indices=write_indices,
+            slots=slots,
+        )
+        hidden = hidden + self.self_attn(x, attend, batch_size=len(positions))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -211,6 +239,7 @@ class _SelfAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
         width, bias = config.hidden_size, config.attention_bias
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
@@ -219,24 +248,16 @@ class _SelfAttention(nn.Module):
         self.v_proj = Linear(width, kv_size, bias=bias)
         self.o_proj = Linear(q_size, width, bias=bias)
 
-    def forward(
-        self,
-        attention: Attention,
-        x: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *shared: Tensor,
-    ) -> Tensor:
-        batch_size, num_tokens, _ = cos.shape
+    def forward(self, x: Tensor, attend: Callable[..., Tensor], *, batch_size: int) -> Tensor:
+        num_tokens = len(x) // batch_size
 
         def heads(projection: Tensor) -> Tensor:  # head count from the local weights
             return projection.view(batch_size, num_tokens, -1, self.head_dim)
 
+        # x is [B*T, E]; q is [B, T, H, D], k and v [B, T, K, D].
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        out = attention(q, k, v, k_cache, v_cache, cos, sin, *shared)
-        return self.o_proj(out.reshape(batch_size * num_tokens, -1))
+        out = attend(q, k, v, scale=self.scale)  # [B, T, H, D]
+        return self.o_proj(out.reshape(len(x), -1))
 
 
 class _MLP(nn.Module):
@@ -247,7 +268,7 @@ class _MLP(nn.Module):
         self.up_proj = Linear(width, inner, bias=bias)
         self.down_proj = Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B*T, E] to the same
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

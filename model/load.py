@@ -110,7 +110,7 @@ def load_backend(
         torch.set_num_threads(threads)
     needed = {
         "weights": weight_bytes(checkpoint, torch_dtype),
-        "cache": cache_bytes(config, batch_size, shape.max_seq_len, torch_dtype.itemsize),
+        "cache": cache_bytes(config, batch_size, shape.max_seq_len, dtype=torch_dtype),
         "RoPE": rope_bytes(config, shape.num_positions),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
@@ -134,6 +134,7 @@ def load_backend(
         batch_size=batch_size,
         max_seq_len=shape.max_seq_len,
         prefill_lens=shape.prefill_lens,
+        cache_dtype=torch_dtype,
         compile=compile,
         all_logits=all_logits,
         progress=progress,

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_THREADS", "Backend", "BackendUnavailableError", "StaticShape"]
+__all__ = ["MAX_THREADS", "Backend", "BackendUnavailableError", "StaticShape", "StepInputs"]
 
 MAX_THREADS = 1024  # more is a slip; libraries take some numbers and crash on others
 
 
 class BackendUnavailableError(RuntimeError):
     """This machine lacks what the backend that was asked for needs; the message says what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What a step is fed, T tokens of each of B rows; int64 arrays.
+
+    The fields' names are those of the parameters of compiled steps and, but for `slots`, of the
+    inputs of exported graphs.
+
+    Attributes:
+        input_ids: [B, T] token ids; padding ids must be valid too.
+        positions: [B] absolute position of each row's first token (RoPE, mask).
+        write_indices: [B] cache row that token is written to.
+        logit_indices: [B, N] which of the T tokens get logits.
+        slots: [B] cache slot of each row; a graph is bound to its slots' memory instead.
+    """
+
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    write_indices: NDArray[np.int64]
+    logit_indices: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names, in their order."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def graph_sizes(cls, batch: int, tokens: int, logits: int) -> dict[str, tuple[int, ...]]:
+        """The sizes of an exported graph's inputs by name, for B, T and N."""
+        sizes = cls.sizes(batch, tokens, logits)
+        del sizes["slots"]
+        return sizes
+
+    @classmethod
+    def sizes(cls, batch: int, tokens: int, logits: int) -> dict[str, tuple[int, ...]]:
+        """The fields' sizes by name, for B, T and N."""
+        sizes = ((batch, tokens), (batch,), (batch,), (batch, logits), (batch,))
+        return dict(zip(cls.names(), sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,24 +102,27 @@ class StaticShape:
         """The longest prefill chunk, in tokens."""
         return self.prefill_lens[-1]
 
-    def chunk_len(self, slot: int, num_ids: int, start: int) -> int:
-        """Chooses the length a prefill chunk is padded to, once the chunk is known to fit.
+    def chunk_inputs(
+        self, slot: int, ids: Sequence[int], start: int, *, all_logits: bool = False
+    ) -> StepInputs:
+        """Pads a chunk of a prompt to the smallest P that holds it, once it is known to be valid.
 
         Args:
             slot: Which slot it fills.
-            num_ids: Token ids in it.
+            ids: 1 to prefill_len token ids.
             start: Position of the first.
+            all_logits: Whether each of the P tokens gets logits; else the last id alone.
 
         Returns:
-            P, the smallest chunk that holds the ids.
+            The inputs of a step with B = 1 and T = P.
 
         Raises:
-            ValueError: There is no such slot, or the chunk does not fit; the message says what is
-                allowed.
+            ValueError: There is no such slot or id, or the chunk does not fit; the message says
+                what is allowed.
         """
-        length = next((p for p in self.prefill_lens if p >= num_ids), None)
-        if num_ids < 1 or length is None:
-            raise ValueError(f"chunk has {num_ids} ids; allowed are 1 to {self.prefill_len}")
+        length = next((p for p in self.prefill_lens if p >= len(ids)), None)
+        if len(ids) < 1 or length is None:
+            raise ValueError(f"chunk has {len(ids)} ids; allowed are 1 to {self.prefill_len}")
         if not 0 <= slot < self.batch_size:
             raise ValueError(f"slot is {slot}; allowed are 0 to {self.batch_size - 1}")
         if not 0 <= start <= self.max_seq_len - length:
@@ -87,7 +130,57 @@ class StaticShape:
                 f"chunk starts at {start}; with prefill_len {length} and max_seq_len "
                 f"{self.max_seq_len} it may start at 0 to {self.max_seq_len - length}"
             )
-        return length
+        padded = np.zeros((1, length), np.int64)
+        padded[0, : len(ids)] = self._check_ids(ids)
+        position = np.array([start])
+        return StepInputs(
+            input_ids=padded,
+            positions=position,
+            write_indices=position,
+            logit_indices=np.arange(length)[None] if all_logits else np.array([[len(ids) - 1]]),
+            slots=np.array([slot]),
+        )
+
+    def step_inputs(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> StepInputs:
+        """Lays out one token of every slot, once ids and positions are known to be valid.
+
+        Args:
+            ids: [B] int64 token ids.
+            positions: [B] int64 absolute positions; past the cache the window rolls.
+
+        Returns:
+            The inputs of a step with T = 1; positions are written to rows position % S.
+
+        Raises:
+            ValueError: Shapes, ids or positions are not those of a step; the message says what is
+                allowed.
+        """
+        if not np.shape(ids) == np.shape(positions) == (self.batch_size,):
+            raise ValueError(
+                f"ids have shape {np.shape(ids)} and positions {np.shape(positions)}; both must be "
+                f"({self.batch_size},), one for every slot"
+            )
+        tokens, places, last = self._check_ids(ids), np.asarray(positions), self.num_positions - 1
+        if places.dtype.kind not in "iu" or places.min() < 0 or places.max() > last:
+            raise ValueError(f"positions are {places.tolist()}; allowed are 0 to {last}")
+        return StepInputs(
+            input_ids=tokens[:, None],
+            positions=places.astype(np.int64, copy=False),
+            write_indices=places % self.max_seq_len,
+            logit_indices=np.zeros((self.batch_size, 1), np.int64),
+            slots=np.arange(self.batch_size),
+        )
+
+    def _check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        given = np.asarray(ids)
+        if given.dtype.kind not in "iu":
+            raise ValueError(f"ids are {given.dtype}; they must be int64")
+        if given.min() < 0 or given.max() >= self.vocab_size:
+            raise ValueError(
+                f"ids are from {given.min()} to {given.max()}; "
+                f"allowed are 0 to {self.vocab_size - 1}"
+            )
+        return given.astype(np.int64, copy=False)
 
 
 class Backend(Protocol):

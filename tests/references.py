@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from conftest import TOLERANCE
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llamac.model import KVCache, Llama
-from llamac.model.llama import TorchAttention
+from llamac.model.llama import TorchAttention, rotate
 from llamac.runtime.backend import Backend
 from llamac.runtime.chunks import next_chunk
 
@@ -35,19 +35,19 @@ def one_forward(model: Llama, ids: Sequence[int], *, window: int | None = None) 
         return model(torch.tensor([ids]), zero, zero, wanted, cache, attention)[0].numpy()
 
 
-class Banded(TorchAttention):
-    """Attention in which each token sees only the last positions."""
+class Banded:
+    """Attention of a whole sequence in which each token sees only the last positions."""
 
     def __init__(self, window: int) -> None:
-        super().__init__()
         self.window = window
 
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        mask, *rest = super().prepare(positions, write_indices, num_tokens, max_seq_len)
-        distance = torch.arange(num_tokens)[:, None] - torch.arange(max_seq_len)
-        return mask & (distance < self.window), *rest
+    def __call__(self, q, k, v, cache, *, cos, sin, positions, write_indices, slots, scale):
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        order = torch.arange(q.shape[2])
+        distance = order[:, None] - order
+        seen = (distance >= 0) & (distance < self.window)
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
 
 
 def assert_close(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:

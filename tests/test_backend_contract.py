@@ -286,6 +286,10 @@ def test_any_mix_of_requests_gives_the_tokens_of_eager(
         (0, [1] * (P + 1), 0, "chunk has 9 ids; allowed are 1 to 8"),
         (0, [1], S - P + 1, "chunk starts at 21; .* it may start at 0 to 20"),
         (0, [1], -1, "chunk starts at -1; .* 0 to 20"),
+        (0, [1, VOCAB_SIZE], 0, "ids are from 1 to 101; allowed are 0 to 100"),
+        (0, [-1, 1], 0, "ids are from -1 to 1; allowed are 0 to 100"),
+        (0, [1, 2**70], 0, "ids are object; they must be int64"),
+        (0, [0.5], 0, "ids are float64; they must be int64"),
     ],
 )
 def test_bad_chunks_are_refused(backend: Backend, slot: int, ids, start: int, message: str):
@@ -293,4 +297,25 @@ def test_bad_chunks_are_refused(backend: Backend, slot: int, ids, start: int, me
     backend.prefill(0, prompt[:1], 0)
     with pytest.raises(ValueError, match=message):
         backend.prefill(slot, ids, start)
+    assert_close(decode_slot(backend, 0, prompt[1], 1), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "message"),
+    [
+        ([0, 0, 0, VOCAB_SIZE], [0] * 4, "ids are from 0 to 101; allowed are 0 to 100"),
+        ([0, 0, -1, 0], [0] * 4, "ids are from -1 to 0"),
+        ([0] * 4, [0, 0, 0, -1], r"positions are \[0, 0, 0, -1\]; allowed are 0 to 127"),
+        ([0] * 4, [0, 0, 128, 0], r"positions are \[0, 0, 128, 0\]; allowed are 0 to 127"),
+        ([0] * 4, [0, 0, 0.5, 0], r"positions are \[0.0, 0.0, 0.5, 0.0\]; allowed are 0 to 127"),
+        ([0], [0], r"ids have shape \(1,\) and positions \(1,\); both must be \(4,\)"),
+        ([0] * 4, [0] * 5, r"ids have shape \(4,\) and positions \(5,\); both must be \(4,\)"),
+    ],
+)
+def test_bad_steps_are_refused(backend: Backend, ids, positions, message: str):
+    """A compiled step ended the process at an id past V, and decoded one id in every slot."""
+    prompt, expected = sequence(2, seed=12)
+    backend.prefill(0, prompt[:1], 0)
+    with pytest.raises(ValueError, match=message):
+        backend.decode(np.array(ids), np.array(positions))
     assert_close(decode_slot(backend, 0, prompt[1], 1), expected[1])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from llamac.model import TorchBackend
-from llamac.model.compiled.torch_backend import compiler_problem
-from llamac.runtime.backend import BackendUnavailableError
+from llamac.runtime.backend import StepInputs
 from llamac.runtime.sampling import SamplingParams
 from llamac.runtime.scheduler import Request, generate
 from variants import our_model
@@ -61,54 +58,24 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
 @pytest.mark.slow
 def test_no_step_copies_the_cache():
     model = our_model("llama-2-gqa", num_positions=4096)
-    backend = TorchBackend(model, max_seq_len=4096, prefill_lens=(CHUNK,))
-    zero = np.array([0])
-    for step in (lambda: backend.prefill(0, [1, 2, 3], 0), lambda: backend.decode(zero, zero)):
+    backend = TorchBackend(model, batch_size=2, max_seq_len=4096, prefill_lens=(CHUNK,))
+    zeros = np.array([0, 0])
+    for step in (lambda: backend.prefill(1, [1, 2, 3], 0), lambda: backend.decode(zeros, zeros)):
         with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             step()
         assert profile.profiler is not None
         assert profile.profiler.kineto_results is not None
         events = profile.profiler.kineto_results.events()
         allocated = [event.nbytes() for event in events if event.name() == "[memory]"]
-        assert 0 < max(allocated) < backend.cache.k[0].nbytes
+        assert 0 < max(allocated) < backend.cache.buffers[0].nbytes / 2
 
 
 @pytest.mark.slow
 def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
-    for sizes in (((1, 2), (1,), (1,), (1, 1)), ((1, 1), (1,), (1,), (1, 2))):
-        inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+    for sizes in (StepInputs.sizes(1, 2, 1), StepInputs.sizes(1, 1, 2)):
+        inputs = [torch.zeros(size, dtype=torch.int64) for size in sizes.values()]
         with pytest.raises(RuntimeError, match="GuardManager check failed"):
-            single._bound_decode._run(*inputs)
-
-
-@pytest.mark.slow
-def test_a_reallocated_cache_is_an_error():
-    model = our_model("llama-2-gqa")
-    backend = TorchBackend(model, max_seq_len=16, prefill_lens=(4,))
-    backend.cache = type(backend.cache)(
-        tuple(k.clone() for k in backend.cache.k), tuple(v.clone() for v in backend.cache.v)
-    )
-    with pytest.raises(RuntimeError, match="reallocated"):
-        backend.decode(np.array([1]), np.array([0]))
-
-
-def test_without_a_compiler_one_line_names_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "g++" in (compiler_problem() or "")
-    with pytest.raises(BackendUnavailableError, match="--backend eager"):
-        TorchBackend(our_model("llama-1"), max_seq_len=16, prefill_lens=(4,))
-
-
-@pytest.mark.slow
-def test_unrolled_layers_equal_the_shared_region():
-    model = our_model("llama-2-gqa")
-    logits = [
-        TorchBackend(model, max_seq_len=16, prefill_lens=(4,), unroll_layers=unroll).prefill(
-            0, [1, 2, 3], 0
-        )
-        for unroll in (False, True)
-    ]
-    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+            single._steps["decode"]._run(*inputs)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llamac.model import TorchBackend
-from llamac.model.llama import rotate
+from llamac.model import KVCache, TorchBackend
+from llamac.model.cache import cache_bytes
+from llamac.model.llama import TorchAttention, rotate
 from variants import VARIANTS, our_model, reference_model
 
 NUM_TOKENS = 64
@@ -44,6 +45,34 @@ def test_rotate_pairs_dimension_i_with_i_plus_half():
     cos, sin = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])
     # Dimension 0 and 2 turn by 90 degrees, 1 and 3 stay.
     assert rotate(x, cos, sin).flatten().tolist() == [-3.0, 2.0, 1.0, 4.0]
+
+
+def test_a_step_in_slots_of_any_order_equals_one_in_order():
+    model = our_model("llama-2-gqa")
+    cache = KVCache.allocate(model.config, 3, 8, dtype=torch.float32)
+    ids, zeros = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.zeros(2, dtype=torch.int64)
+    wanted = torch.tensor([[2], [2]])
+    slots = torch.tensor([2, 0])
+    attention = TorchAttention()
+    with torch.no_grad():
+        expected = model(
+            ids,
+            zeros,
+            zeros,
+            wanted,
+            KVCache.allocate(model.config, 2, 8, dtype=torch.float32),
+            attention,
+        )
+        logits = model(ids, zeros, zeros, wanted, cache, attention, slots=slots)
+    torch.testing.assert_close(logits, expected)
+    assert all(not buffer[1].any() for buffer in cache.buffers)
+
+
+def test_the_cache_takes_the_bytes_that_are_announced():
+    config = our_model("llama-2-gqa").config
+    cache = KVCache.allocate(config, 3, 8, dtype=torch.bfloat16)
+    size = cache_bytes(config, 3, 8, dtype=torch.bfloat16)
+    assert size == sum(buffer.nbytes for buffer in cache.buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -110,7 +110,7 @@ def test_transformers_seeks_with_rows_of_zeros(checkpoint: Path, tmp_path: Path)
     ours = open_system(checkpoint, "eager", tmp_path)
     assert isinstance(ours, BackendRunner)
     assert isinstance(ours.backend, TorchBackend)
-    for buffer in (*ours.backend.cache.k, *ours.backend.cache.v):
+    for buffer in ours.backend.cache.buffers:
         buffer.zero_()
     logits = []
     for runner in (ours, open_system(checkpoint, "transformers", tmp_path)):

@@ -1,17 +1,23 @@
-"""Compiled steps on disk: found by the next start, and never by another model's."""
+"""Compiled steps on disk: found by what they were made of, and only while they are whole."""
 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from llamac.model import TorchBackend
-from variants import our_model
+from llamac.model import KVCache, LlamaConfig
+from llamac.model.compiled import step_key as step_keys
+from llamac.model.compiled.saved_step import SavedStep
+from llamac.model.compiled.step_key import step_key
+from llamac.model.linear import Linear
+from llamac.model.llama import Llama
 
 _START = """
 import json, torch
@@ -50,33 +56,134 @@ def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
     assert decode.parent.stat().st_mode & 0o777 == 0o700
     assert all(step.stat().st_mode & 0o077 == 0 for step in (decode, prefill))
 
-    # A cut file and a whole one without its kernels: both are compiled again, then found again.
+    # A cut file, and a whole one without its kernels: both are compiled again, then found again.
     decode.write_bytes(decode.read_bytes()[:1000])
-    for kernel in decode.parent.glob("*/*.so"):
-        kernel.unlink()
+    gone, *cut = decode.parent.glob("*/*.main.so")
+    gone.unlink()
+    for kernel in cut:
+        kernel.write_bytes(kernel.read_bytes()[:1000])
     assert start() == [False, 2, logits]
     assert start() == [True, 0, logits]
 
 
-def test_a_saved_step_is_told_apart_by_what_its_code_depends_on(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
-    model = our_model("llama-2-gqa")
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 
-    def paths(**options: object) -> list[Path]:
-        sizes = {"max_seq_len": 16, "prefill_lens": (4,)} | options
-        monkeypatch.setattr(TorchBackend, "_start", lambda *_: None)
-        backend = TorchBackend(model, **sizes)  # type: ignore[arg-type]
-        return [step._path() for step in (*backend._prefill.values(), backend._decode)]
 
-    base = paths()
-    assert base == paths()
-    for other in (
-        paths(max_seq_len=32),
-        paths(prefill_lens=(8,)),
-        paths(batch_size=2),
-        paths(all_logits=True),
-        paths(unroll_layers=True),
+class Doubled(Linear):
+    """A form of Linear that this package knows nothing of."""
+
+
+def key(
+    model: Llama | None = None,
+    *,
+    rows: int = 16,
+    dtype: torch.dtype = torch.float32,
+    world_size: int = 1,
+    **facts: object,
+) -> str:
+    model = model or Llama(CONFIG, num_positions=64)
+    cache = KVCache.allocate(CONFIG, 1, rows, dtype=dtype)
+    return step_key((model,), cache.buffers, world_size=world_size, **facts)
+
+
+def changed(change) -> Llama:
+    """A model of the same config, changed where no config says so."""
+    model = Llama(CONFIG, num_positions=64)
+    change(model.model.layers[1])
+    return model
+
+
+def use_a_subclass(layer) -> None:
+    layer.mlp.down_proj.__class__ = Doubled
+
+
+def add_a_bias(layer) -> None:
+    layer.self_attn.q_proj.bias = nn.Parameter(torch.zeros(32))
+
+
+def transpose(layer) -> None:
+    weight = layer.self_attn.q_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def halve(layer) -> None:
+    layer.mlp.up_proj.half()
+
+
+def scale(layer) -> None:
+    layer.self_attn.scale = 0.5
+
+
+def test_two_models_of_one_config_share_a_step_only_if_their_modules_are_equal():
+    """A swapped Linear or an extra bias used to get the other model's step: wrong logits."""
+    changes = (use_a_subclass, add_a_bias, transpose, halve, scale)
+    keys = [key(), *(key(changed(change)) for change in changes)]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_a_step_is_told_apart_by_what_its_code_depends_on(monkeypatch: pytest.MonkeyPatch):
+    keys = [
+        key(),
+        key(rows=32),
+        key(dtype=torch.bfloat16),
+        key(world_size=2),
+        key(all_logits=True),
+        key(all_logits=False),
+    ]
+    for name, value in (
+        ("llamac.model.linear.STORAGE_DTYPES", frozenset({torch.complex64})),
+        ("llamac.model.compiled.step_key._instruction_set", lambda: "flags: mmx"),
+        ("torch.get_num_threads", lambda: 77),
+        ("torch.__version__", "0.1"),
     ):
-        assert not set(base) & set(other)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert not set(base) & set(paths())
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_tied_head_is_told_apart_from_one_of_its_own():
+    model = Llama(CONFIG, num_positions=64)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert key(model) != key()
+
+
+def test_the_code_that_is_traced_is_in_the_key_and_the_demo_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Editing a story used to throw every compiled step away."""
+    package = Path(step_keys.__file__).parents[1]
+    sources = {path.relative_to(package).as_posix() for path in step_keys._sources(())}
+    assert {"llama.py", "linear.py", "kernels/live_attention.py"} < sources
+    assert not {path for path in sources if path.startswith(("demo", "checkpoint"))}
+    folders = tuple(tmp_path / name for name in ("model", "kernels"))
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(step_keys, "_SOURCES", folders)
+    before = key()
+    (folders[1] / "new.py").write_text("x = 1\n")
+    assert key() != before
+
+
+def test_a_class_from_elsewhere_brings_its_own_file():
+    assert Path(__file__) in step_keys._sources((changed(use_a_subclass),))
+
+
+def test_a_damaged_file_is_a_miss_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "decode-0.step"
+    step = SavedStep(lambda: lambda: None, path)
+    assert not step.load()
+    assert not caplog.records
+    path.write_bytes(b"x" * 100)
+    with caplog.at_level(logging.INFO, "llamac.model.compiled.saved_step"):
+        assert not step.load()
+    assert "damaged" in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...runtime.backend import StepInputs
+
 __all__ = ["BoundStep"]
 
 
 class BoundStep:
-    """Takes int64 arrays, gives logits.
+    """Takes a step's inputs, gives its logits.
 
     Args:
-        run: From tensors on the device to logits there.
-        sizes: Of the tensors.
+        run: From the inputs as tensors on the device, in their order, to logits there.
+        sizes: Of the inputs, by name.
         device: Where they lie.
 
     Attributes:
@@ -28,29 +30,33 @@ class BoundStep:
     def __init__(
         self,
         run: Callable[..., Tensor],
-        sizes: Sequence[tuple[int, ...]],
+        sizes: Mapping[str, tuple[int, ...]],
         device: torch.device,
     ) -> None:
         self._run = run
         on_gpu = device.type == "cuda"
         # Pinned, so that a graph can copy them.
-        self._host = [torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu) for size in sizes]
-        self._inputs = [host.to(device) for host in self._host]  # on a CPU the same tensors
+        self._host = {
+            name: torch.zeros(size, dtype=torch.int64, pin_memory=on_gpu)
+            for name, size in sizes.items()
+        }
+        # On a CPU the same tensors.
+        self._inputs = {name: host.to(device) for name, host in self._host.items()}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
         self.num_replays = 0
 
-    def __call__(self, *values: NDArray[np.int64]) -> NDArray[np.float32]:
+    def __call__(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs the step.
 
         Args:
-            values: What the tensors hold.
+            inputs: In the step's sizes.
 
         Returns:
-            The logits; a recorded step's are overwritten by its next run.
+            [B, N, V] logits; a recorded step's are overwritten by its next run.
         """
-        for host, value in zip(self._host, values, strict=True):
-            host.copy_(torch.from_numpy(value))
+        for name, host in self._host.items():
+            host.copy_(torch.from_numpy(getattr(inputs, name)))
         if self._graph is None:
             return self._run_copied().cpu().numpy()
         self._graph.replay()
@@ -73,7 +79,7 @@ class BoundStep:
         self._graph = graph
 
     def _run_copied(self) -> Tensor:
-        for tensor, host in zip(self._inputs, self._host, strict=True):
-            if tensor is not host:
-                tensor.copy_(host, non_blocking=True)
-        return self._run(*self._inputs)
+        for name, tensor in self._inputs.items():
+            if tensor is not self._host[name]:
+                tensor.copy_(self._host[name], non_blocking=True)
+        return self._run(*self._inputs.values())

@@ -97,26 +97,23 @@ of the project.
 class CausalAttention:
     """Attention of whole sequences among themselves, with no cache: for training and scoring."""
 
-    def prepare(
-        self, positions: Tensor, write_indices: Tensor, num_tokens: int, max_seq_len: int
-    ) -> tuple[Tensor, ...]:
-        """Shares nothing between layers."""
-        return ()
-
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: tuple[Tensor, ...],
+        *,
         cos: Tensor,
         sin: Tensor,
-        *shared: Tensor,
+        positions: Tensor,
+        write_indices: Tensor,
+        slots: Tensor,
+        scale: float,
     ) -> Tensor:
-        """See Attention; the caches are neither read nor written."""
+        """See Attention; the cache is neither read nor written."""
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
 

@@ -3,7 +3,9 @@
 Triton comes with the CUDA builds of torch alone, so this module is imported where it is needed.
 """
 
-# pyright: reportIndexIssue=false, reportMissingImports=false
+# Triton's own types don't know how a kernel is called.
+# pyright: reportIndexIssue=false, reportMissingImports=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch
@@ -19,16 +21,26 @@ _FEWEST_SPLITS = 4  # what fewer gain, merging them costs
 _PRODUCT_ROWS, _PRODUCT_COLUMNS = 2, 2048  # of a weight at a time; the fastest of eleven on an H100
 
 
-def attend_on_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def attend_on_gpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
     """Runs causal attention, each slot's live rows cut into splits that run side by side.
 
-    How many rows live is read on the GPU, so that a captured graph follows it.
+    How many rows live, and in which slot, is read on the GPU, so that a captured graph follows it.
 
     Args:
         q: [B, H, T, D].
-        k_cache: [B, K, S, D], contiguous.
-        v_cache: [B, K, S, D], contiguous.
+        k_cache: [slots, K, S, D], contiguous.
+        v_cache: [slots, K, S, D], contiguous.
         positions: [B] int64, of each row's first token; its rows are written already.
+        slots: [B] int64, the cache slot of each row.
+        scale: Of the products of queries and keys.
 
     Returns:
         [B, T, H, D] in q's dtype, contiguous.
@@ -56,11 +68,12 @@ def attend_on_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
         k_cache,
         v_cache,
         positions,
+        slots,
         partial,
         weights,
         *q.stride(),
         max_seq_len,
-        head_dim**-0.5,
+        scale,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         NUM_TOKENS=num_tokens,
@@ -115,6 +128,7 @@ def _attend_split(
     k_cache,
     v_cache,
     positions,
+    slots,
     partial,
     weights,
     stride_batch,
@@ -155,7 +169,8 @@ def _attend_split(
     rows_per_split = tl.cdiv(tl.cdiv(live, num_splits), BLOCK_ROWS) * BLOCK_ROWS
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, live)
-    slot = (batch * NUM_KV_HEADS + kv_head) * max_seq_len * HEAD_DIM
+    slot = tl.load(slots + batch)
+    slot = (slot * NUM_KV_HEADS + kv_head) * max_seq_len * HEAD_DIM
     largest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     denominator = tl.zeros((BLOCK_QUERIES,), tl.float32)
     sums = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backend import StepInputs
 from ..bundle.manifest import GraphFile
 from .buffers import ONNX_TYPES, CacheBuffers, allocate
 
@@ -37,45 +38,27 @@ class BoundGraph:
         self._session = session
         device_id = cache.device_id
         self._place = ("cpu", 0) if device_id is None else ("cuda", device_id)
+        sizes = StepInputs.graph_sizes(graph.batch, graph.tokens, graph.logits)
         self._inputs = {
-            name: allocate(shape, "int64", device_id=device_id)
-            for name, shape in (
-                ("input_ids", (graph.batch, graph.tokens)),
-                ("positions", (graph.batch,)),
-                ("write_indices", (graph.batch,)),
-                ("logit_indices", (graph.batch, graph.logits)),
-            )
+            name: allocate(size, "int64", device_id=device_id) for name, size in sizes.items()
         }
         logits_shape = (graph.batch, graph.logits, vocab_size)
         self._logits = allocate(logits_shape, "float32", device_id=device_id)
         num_slots = cache.shape[0] // graph.batch
         self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
 
-    def run(
-        self,
-        slot: int,
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        logit_index: int,
-    ) -> NDArray[np.float32]:
+    def run(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs T tokens of each row.
 
         Args:
-            slot: Of a prefill graph; 0 for decode.
-            ids: [B, T].
-            positions: [B], of the first tokens.
-            rows: [B], cache rows they are written to.
-            logit_index: Which of the T tokens gets logits.
+            inputs: In the graph's sizes; the slots are one of a prefill graph, or all in order.
 
         Returns:
             [B, V] float32 logits, on the CPU a view that the next run overwrites.
         """
-        self._inputs["input_ids"].write(ids)
-        self._inputs["positions"].write(positions)
-        self._inputs["write_indices"].write(rows)
-        self._inputs["logit_indices"].write(np.full((len(ids), 1), logit_index))
-        self._session.run_with_iobinding(self._bindings[slot])
+        for name, buffer in self._inputs.items():
+            buffer.write(getattr(inputs, name))
+        self._session.run_with_iobinding(self._bindings[int(inputs.slots[0])])
         return self._logits.read()[:, 0]
 
     def _bind(self, cache: CacheBuffers, slot: int, batch: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,35 +133,16 @@ class OrtBackend:
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
-        length = self.shape.chunk_len(slot, len(ids), start)
-        padded = np.zeros((1, length), np.int64)
-        padded[0, : len(ids)] = ids
-        self._check_ids(padded)
+        inputs = self.shape.chunk_inputs(slot, ids, start)
         self._last_rolled[slot] = -1
-        position = np.array([start])
-        logits = self._prefill[length].run(slot, padded, position, position, len(ids) - 1)
-        return logits[0].copy()
+        return self._prefill[inputs.input_ids.shape[1]].run(inputs)[0].copy()
 
     def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of every slot; see Backend."""
-        if not ids.shape == positions.shape == (self.shape.batch_size,):
-            raise ValueError(
-                f"ids have shape {ids.shape} and positions {positions.shape}; both must be "
-                f"({self.shape.batch_size},), one for every slot"
-            )
-        self._check_ids(ids)
-        last = self.shape.num_positions - 1
-        if positions.min() < 0 or positions.max() > last:
-            raise ValueError(f"positions are {positions.tolist()}; allowed are 0 to {last}")
-        rows = self._roll(positions) if self._appends else positions % self.shape.max_seq_len
-        return self._decode.run(0, ids[:, None], positions, rows, 0)
-
-    def _check_ids(self, ids: NDArray[np.int64]) -> None:
-        if ids.min() < 0 or ids.max() >= self.shape.vocab_size:
-            raise ValueError(
-                f"ids are from {ids.min()} to {ids.max()}; "
-                f"allowed are 0 to {self.shape.vocab_size - 1}"
-            )
+        inputs = self.shape.step_inputs(ids, positions)
+        if self._appends:
+            inputs = replace(inputs, write_indices=self._roll(inputs.positions))
+        return self._decode.run(inputs)
 
     def _roll(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Makes room in full slots, whose next token is always written to the last row.

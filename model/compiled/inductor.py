@@ -1,0 +1,154 @@
+"""torch's compiler on this machine: what it needs, where it keeps its files, how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import logging
+import os
+import shutil
+import subprocess
+import sysconfig
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ...runtime.backend import BackendUnavailableError
+from ...runtime.cache_folder import cache_folder
+
+__all__ = ["cache_misses", "compiler", "compiler_problem", "compiler_version"]
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compiler_problem() -> str | None:
+    """What torch.compile lacks on this machine's CPU, in a few words, or None."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        return (
+            f"no C++ compiler ({name}) found, which torch.compile needs on CPU; install it, or set "
+            "CXX to the name of one, without options"
+        )
+    if compiler_version() is None:
+        return f"the C++ compiler ({name}) does not run, which torch.compile needs on CPU; set CXX"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"{header} not found, which torch.compile needs on CPU; install python3-dev"
+    return None
+
+
+def compiler_version() -> str | None:
+    """The first line of what the C++ compiler says of itself; None if it fails."""
+    command = [os.environ.get("CXX", "g++"), "--version"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.partition("\n")[0]
+
+
+def cache_misses() -> int:
+    """Graphs that this process compiled because no cache had them."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["fxgraph_cache_miss"]
+
+
+@contextlib.contextmanager
+def compiler(device: torch.device) -> Iterator[Path]:
+    """Makes torch's compiler ready, with its files in a folder of the user's.
+
+    Args:
+        device: What is compiled for.
+
+    Yields:
+        The folder: the one TORCHINDUCTOR_CACHE_DIR names, or else below the user's cache.
+
+    Raises:
+        BackendUnavailableError: The folder can't be written, the compiler or its disk fails.
+    """
+    with _no_collection(), _failures_in_one_line():
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        before = os.environ.get(_FOLDER_VARIABLE, default_cache_dir())  # the import may have set it
+        folder = Path(before)
+        if before == default_cache_dir():
+            folder = cache_folder("inductor")
+            os.environ[_FOLDER_VARIABLE] = str(folder)
+        if device.type == "cpu":
+            _probe_instructions()
+        try:
+            with warnings.catch_warnings():
+                # float32 was asked for; that TF32 would be faster is no news.
+                warnings.filterwarnings("ignore", "TensorFloat32")
+                yield folder
+        finally:
+            os.environ[_FOLDER_VARIABLE] = before
+
+
+def _probe_instructions() -> None:
+    """Lets Inductor try out the processor's vector instructions, while Dynamo is imported.
+
+    It waits for programs of its own, and must be through before anything is compiled: the probe
+    changes the compiler flags that it shares with every kernel, so a second one at the same time
+    leaves other flags behind, and kernels that no later process finds on disk.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    failures: list[Exception] = []
+
+    def pick() -> None:
+        try:
+            pick_vec_isa()
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    probe = threading.Thread(target=pick)
+    probe.start()
+    importlib.import_module("torch._dynamo")
+    probe.join()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """Names what failed and what to do; torch's own account goes to the log."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        known = (OSError, BackendCompilerFailed, CppCompileError, InvalidCxxCompiler)
+        if not isinstance(error, known):
+            raise
+        logger.debug("torch.compile failed", exc_info=True)
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, CppCompileError):
+            lines = cause.output.splitlines() or ["no output"]
+            fault = next((line for line in lines if "error" in line), lines[-1])
+            remedy = "free space on its disk, or set CXX"
+            text = f"the C++ compiler failed: {fault.strip()}"
+        else:
+            text = f"torch.compile failed: {' '.join(str(cause).split())[:300]}"
+            remedy = "free space on its disk, or set XDG_CACHE_HOME to a folder that can be written"
+        raise BackendUnavailableError(f"{text}; {remedy}, or use --backend eager") from error
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A third faster imports, a tenth faster compilation: what they make would be walked often."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
