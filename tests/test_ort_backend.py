@@ -309,7 +309,7 @@ def test_bad_options_are_refused(bundle: Manifest):
     for options, message in (
         ({"threads": 0}, "threads is 0; it must be between 1 and 1024"),
         # Used to end in a traceback of onnxruntime's bindings.
-        ({"threads": 2**31}, "threads is 2147483648; it must be from 1 to 1024"),
+        ({"threads": 2**31}, "threads is 2147483648; it must be between 1 and 1024"),
         ({"device_id": 1}, "device_id is 1; there is only 0"),
         ({"device_id": "0"}, "device_id is '0'; there is only 0"),
         ({"provider": "tpu"}, "provider is 'tpu'; it must be one of cpu, cuda, tensorrt"),

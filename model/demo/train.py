@@ -63,6 +63,11 @@ _TOKENIZER = {
     "unk_token": "<unk>",
     "clean_up_tokenization_spaces": False,
     "legacy": False,
+    # A conversation is one story, told in turns.
+    "chat_template": (
+        "{{ bos_token }}{% for message in messages %}{{ message.content | trim }}"
+        "{% if not loop.last %} {% endif %}{% endfor %}"
+    ),
 }
 
 
