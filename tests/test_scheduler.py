@@ -512,7 +512,9 @@ def test_samples_of_one_prompt_differ():
 
 
 def test_times():
-    for got in generate(HashBackend(batch=1), None, [request(9), request(3)]):
+    done = generate(HashBackend(batch=1), None, [request(9), request(3)])
+    assert len(done) == 2
+    for got in done:
         assert 0 < got.prefill_s < got.ttft_s
         assert got.decode_s > 0
 

@@ -99,12 +99,14 @@ def test_a_word_that_changes_in_mid_story_is_refused(
     assert num_changed > 2
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_a_wrong_pronoun_is_refused(seed: int) -> None:
-    text = make_story(seed).text
-    for right, wrong in (("she", "he"), ("he", "she"), ("her", "his"), ("his", "her")):
-        if re.search(rf"\b{right}\b", text):
-            assert not accepts(_replace_last(text, right, wrong))
+def test_a_wrong_pronoun_is_refused() -> None:
+    num_changed = 0
+    for text in (make_story(seed).text for seed in range(60)):
+        for right, wrong in (("she", "he"), ("he", "she"), ("her", "his"), ("his", "her")):
+            if re.search(rf"\b{right}\b", text):
+                assert not accepts(_replace_last(text, right, wrong))
+                num_changed += 1
+    assert num_changed > 60
 
 
 def test_a_spot_of_another_place_is_refused() -> None:
@@ -122,12 +124,15 @@ def test_a_friend_who_is_the_hero_is_refused() -> None:
 
 
 def test_the_opening_of_another_story_is_refused() -> None:
+    num_changed = 0
     for seed in range(100):
         story, other = make_story(seed), make_story(seed + 100)
         if story.cast["hero"] != other.cast["hero"]:
             opening, _, _ = other.text.partition(". ")
             _, _, rest = story.text.partition(". ")
             assert not accepts(f"{opening}. {rest}")
+            num_changed += 1
+    assert num_changed > 50
 
 
 def test_any_one_name_that_is_mixed_up_is_refused() -> None:
