@@ -453,6 +453,21 @@ def test_what_a_file_holds_reaches_the_terminal_as_plain_text(refused, damaged: 
     refused(r"esc\?\]0;title\?\.json: not part of this bundle|missing", "run", damaged)
 
 
+def test_a_value_of_megabytes_is_echoed_in_part(run):
+    """It used to come back whole."""
+    for words in (("run", "A" * 1_000_000), ("run", "b", "--top-p", "9" * 1_000_000)):
+        code, _, err = run(*words)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert len(err) < 480
+
+
+@pytest.mark.parametrize("number", [0, -1, 10_001, 2**31])
+def test_the_number_of_samples_has_bounds(refused, number: int):
+    """Billions of requests used to be queued, until the memory was full."""
+    refused(f"-n is {number}; it must be between 1 and 10000", "generate", "-n", number)
+
+
 def test_the_caches_sizes_and_none_of_them(run, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kernel = tmp_path / "llamac" / "inductor" / "kernel.so"

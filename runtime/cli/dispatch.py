@@ -43,6 +43,7 @@ _EXTRAS = {
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_DEFAULT_BATCH = 8
+_MAX_SAMPLES = 10_000
 
 
 def run(words: Sequence[str]) -> int:
@@ -160,8 +161,8 @@ def _checked(options: RequestOptions) -> RequestOptions:
 
 def _generate(args: argparse.Namespace) -> int:
     options = _request_options(args)
-    if args.n < 1:
-        raise ValueError(f"-n is {args.n}; it must be at least 1")
+    if not 1 <= args.n <= _MAX_SAMPLES:
+        raise ValueError(f"-n is {args.n}; it must be between 1 and {_MAX_SAMPLES}")
     source = _open_source(args)
     prompts = read_prompts([*args.words, *args.prompt], args.prompt_file)
     for prompt in prompts:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 __all__ = ["LineFormatter", "emit", "one_line", "progress_bar", "say", "status"]
 
-_MAX_LINE = 600  # characters of a message: paths are long, quoted files may be longer
+_MAX_LINE = 400  # characters of a message: paths are long, quoted files may be longer
 
 
 def one_line(text: str) -> str:
