@@ -1,0 +1,181 @@
+"""Sound checkpoints of every format, and a bundle: what the fuzzer damages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from test_foreign_formats import CONFIG, PARAMS, write_lit, write_meta
+from test_tokenizer import SPECIALS, byte_fallback_library, byte_level_library, rank_lines
+from torch import Tensor
+
+from llamac.export import export_bundle
+from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.stored import weight_shapes
+from llamac.model.config import LlamaConfig, RopeScaling
+from llamac.model.load import DEMO_FOLDER
+from llamac.runtime.cli import main
+
+__all__ = ["COMMANDS", "PROMPT", "Seeds", "make_seeds", "read_options"]
+
+PROMPT = "Once upon a time the"
+COMMANDS = ("generate", "run", "score", "chat", "export", "inspect", "verify", "init")
+
+_SENTENCEPIECE = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "bos_token": "<s>",
+    "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+    "unk_token": "<unk>",
+    "legacy": False,
+}
+_BYTE_LEVEL = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[1]}
+_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] | trim + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+_SCALING = {
+    "shards": RopeScaling(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    ),
+    "bin": RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=32),
+    "bin-shards": RopeScaling(rope_type="linear", factor=2.0),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seeds:
+    """Where the sound folders lie.
+
+    Attributes:
+        root: Each seed is a folder in it, under the name that the kinds of trial use.
+        options: Every option of each command, with whether it takes a value.
+    """
+
+    root: Path
+    options: dict[str, dict[str, bool]]
+
+
+def make_seeds(root: Path) -> None:
+    """Writes the seeds, the same ones each time.
+
+    Args:
+        root: An empty folder, which then holds hf, shards, bin, bin-shards, meta1, meta2, lit,
+            chat, chat-config and bundle, options.json, and text.txt, which score reads.
+    """
+    torch.manual_seed(0)
+    base = replace(CONFIG, max_position_embeddings=64, bos_token_id=1, eos_token_ids=(2,))
+    pieces = replace(base, vocab_size=2048)
+    bytewise = replace(base, vocab_size=len(byte_level_library().get_vocab()))
+    bytewise = replace(bytewise, bos_token_id=0, eos_token_ids=(1,))
+    _write_hf(root / "hf", pieces, _SENTENCEPIECE)
+    _write_hf(root / "shards", bytewise, _BYTE_LEVEL, shards=2)
+    _write_hf(root / "bin", pieces, _SENTENCEPIECE, suffix=".bin")
+    _write_hf(root / "bin-shards", pieces, _SENTENCEPIECE, suffix=".bin", shards=2)
+    byte_level_library().save(str(root / "shards" / "tokenizer.json"))
+    for name in ("hf", "bin-shards"):
+        shutil.copy(DEMO_FOLDER / "tokenizer.model", root / name)
+    library = byte_fallback_library(root / "hf" / "tokenizer.model")
+    library.save(str(root / "bin" / "tokenizer.json"))
+
+    ranks = len(rank_lines().splitlines()) + 256
+    for name, size, shards in (("meta1", ranks, 1), ("meta2", 2048, 2)):
+        params = {**PARAMS, "vocab_size": size, "max_seq_len": 64, "rope_theta": 10000.0}
+        write_meta(root / name, _weights(replace(base, vocab_size=size)), shards, params=params)
+    (root / "meta1" / "tokenizer.model").write_bytes(rank_lines())
+    shutil.copy(DEMO_FOLDER / "tokenizer.model", root / "meta2")
+
+    heads = replace(pieces, num_key_value_heads=pieces.num_attention_heads)
+    _write_hf(root / "lit", heads, _SENTENCEPIECE)
+    (root / "lit" / "model.safetensors").unlink()
+    shutil.copy(DEMO_FOLDER / "tokenizer.model", root / "lit")
+    write_lit(root / "lit" / "lit-llama.pth", _weights(heads), heads.head_dim)
+
+    shutil.copytree(root / "hf", root / "chat")
+    (root / "chat" / "chat_template.jinja").write_text(_TEMPLATE)
+    shutil.copytree(root / "hf", root / "chat-config")
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": _TEMPLATE}]
+    _write_json(
+        root / "chat-config" / "tokenizer_config.json", {**_SENTENCEPIECE, "chat_template": named}
+    )
+    (root / "text.txt").write_text(PROMPT)
+    export_bundle(open_checkpoint(root / "shards"), root / "bundle", prefill_len=8, max_seq_len=32)
+    _write_json(root / "options.json", {name: read_options(name) for name in COMMANDS})
+
+
+def read_options(command: str) -> dict[str, bool]:
+    """Reads a command's options out of its own help, so that new ones are fuzzed too.
+
+    Args:
+        command: One of COMMANDS.
+
+    Returns:
+        Option to whether it takes a value.
+    """
+    out = StringIO()
+    with redirect_stdout(out):
+        try:
+            main([command, "--help"])
+        except SystemExit:
+            pass
+    found = re.findall(r"^  (?:-\w [A-Z]+, )?(--?[a-z][a-z-]*)( [A-Z{]\S*)?", out.getvalue(), re.M)
+    # With --verbose a traceback is what was asked for.
+    return {name: bool(value) for name, value in found if name not in ("-h", "--verbose")}
+
+
+def _write_hf(
+    folder: Path,
+    config: LlamaConfig,
+    tokenizer: dict[str, object],
+    *,
+    suffix: str = ".safetensors",
+    shards: int = 1,
+) -> None:
+    folder.mkdir()
+    config = replace(config, rope_scaling=_SCALING.get(folder.name))
+    _write_json(folder / "config.json", config.to_dict())
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+    _write_json(folder / "generation_config.json", {**ids, "do_sample": True})
+    _write_json(folder / "tokenizer_config.json", tokenizer)
+    tokens = {key: text for key, text in tokenizer.items() if key.endswith("os_token")}
+    _write_json(folder / "special_tokens_map.json", tokens)
+    weights = _weights(config)
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    names = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" for i in range(shards)]
+    if shards == 1:
+        names = [f"{stem}{suffix}"]
+    weight_map = {key: names[i * shards // len(weights)] for i, key in enumerate(weights)}
+    for name in names:
+        part = {key: weights[key] for key, file in weight_map.items() if file == name}
+        if suffix == ".safetensors":
+            save_file(part, folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / name)
+    if shards > 1:
+        size = sum(weight.nbytes for weight in weights.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(folder / f"{stem}{suffix}.index.json", index)
+
+
+def _weights(config: LlamaConfig) -> dict[str, Tensor]:
+    """Wide enough that any other weight gives another text."""
+    return {
+        name: 1 + 0.1 * torch.randn(shape) if len(shape) == 1 else 0.3 * torch.randn(shape)
+        for name, shape in weight_shapes(config).items()
+    }
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1))
