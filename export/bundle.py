@@ -6,9 +6,8 @@ killed leaves `.NAME.partial`, which opening refuses and the next export to NAME
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,10 +23,13 @@ import onnx
 from ..model.checkpoint import Checkpoint
 from ..model.config import DTYPES, LlamaConfig
 from ..model.load import static_shape
+from ..runtime.atomic_write import new_folder
 from ..runtime.backend import StaticShape
+from ..runtime.bundle.known_files import mark_path, set_mark
 from ..runtime.bundle.manifest import (
+    ITEM_BYTES,
     MANIFEST_NAME,
-    PARTIAL_SUFFIX,
+    TOKENIZER_NAMES,
     GraphFile,
     Manifest,
     ModelSizes,
@@ -35,6 +37,8 @@ from ..runtime.bundle.manifest import (
     hash_file,
     open_bundle,
 )
+from ..runtime.memory import format_bytes
+from ..runtime.typed_json import shown
 from .graphs import TARGETS, GraphSpec, save_graph, trace_graph
 from .weights import WeightPlan, plan_weights, write_rope_tables, write_weights
 
@@ -42,17 +46,7 @@ __all__ = ["export_bundle"]
 
 _ROPE_NAME = "rope.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
-
-# What a tokenizer and a chat template are read from.
-_TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+_MAX_CACHE_BYTES = 16 << 40
 
 
 def export_bundle(
@@ -90,7 +84,9 @@ def export_bundle(
         config, batch_size=batch_size, max_seq_len=max_seq_len, prefill_len=prefill_len
     )
     dtypes = _target_dtypes(config, targets, dtype)
-    with _new_folder(Path(out)) as folder:
+    _check_cache(config, shape)
+    out = Path(os.path.abspath(out))
+    with new_folder(out) as folder:
         plans = plan_weights(checkpoint, tuple(dict.fromkeys(dtypes.values())))
         for plan in plans:
             write_weights(checkpoint, plan, folder, progress)
@@ -103,7 +99,7 @@ def export_bundle(
         _copy_side_files(checkpoint, plans, folder)
         progress("hashing")
         manifest = Manifest(
-            folder=Path(out),
+            folder=out,
             digest="",
             shape=shape,
             model=ModelSizes(
@@ -124,7 +120,23 @@ def export_bundle(
             files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for file in weights:  # just hashed, and not again when the bundle is opened
+            set_mark(mark_path(folder / file.file, manifest.files[file.file].sha256))
     return open_bundle(out)
+
+
+def _check_cache(config: LlamaConfig, shape: StaticShape) -> None:
+    """Far larger sizes overflow in the exporter, and none below this can be run."""
+    cache_bytes = (
+        *(2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
+        *(shape.batch_size, shape.max_seq_len, ITEM_BYTES["float32"]),
+    )
+    if math.prod(cache_bytes) > _MAX_CACHE_BYTES:
+        raise ValueError(
+            f"a cache of batch_size {shown(shape.batch_size)} and max_seq_len "
+            f"{shown(shape.max_seq_len)} has more than {format_bytes(_MAX_CACHE_BYTES)}; "
+            "export with a smaller --batch-size or --max-seq-len"
+        )
 
 
 def _target_dtypes(
@@ -200,7 +212,7 @@ def _write_graph(
 def _copy_side_files(checkpoint: Checkpoint, plans: Sequence[WeightPlan], folder: Path) -> None:
     """Config, tokenizer, and the index that makes linked shards a checkpoint of their own."""
     _write_json(folder / "config.json", checkpoint.config.to_dict())
-    for name in _TOKENIZER_NAMES:
+    for name in TOKENIZER_NAMES:
         source = checkpoint.folder / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
@@ -217,68 +229,3 @@ def _write_json(path: Path, data: dict[str, object]) -> None:
 def _versions() -> dict[str, str]:
     names = ("llamac", "torch", "onnx", "onnxscript", "onnx-ir")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, renamed to it when the block ends well and removed when it doesn't."""
-    out = Path(os.path.abspath(out))
-    if os.path.lexists(out) and not (
-        out.is_dir() and not out.is_symlink() and not any(out.iterdir())
-    ):
-        raise ValueError(f"{out}: already there; remove it or name a new folder")
-    if not out.name:
-        raise ValueError(f"{out}: not a name for a bundle; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}{PARTIAL_SUFFIX}"
-    with _locked_folder(partial):
-        _empty(partial)  # what a killed export left
-        try:
-            yield partial
-            _flush(partial)
-            partial.rename(out)  # fails if anything has appeared there
-            _flush_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _locked_folder(path: Path) -> Iterator[None]:
-    """Makes the folder this process's alone; the system releases the lock of a killed process."""
-    path.mkdir(exist_ok=True)
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The process that held it may just have renamed it into place.
-        if not (path.exists() and os.path.samestat(os.fstat(handle), path.stat())):
-            raise BlockingIOError
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{path}: another export is writing it; wait for it to end") from None
-    finally:
-        os.close(handle)
-
-
-def _empty(folder: Path) -> None:
-    for entry in list(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _flush(folder: Path) -> None:
-    """Onto the disk before the rename, so that a power cut leaves no complete-looking bundle."""
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from ..runtime.backend import BackendUnavailableError
-from ..runtime.bundle.inspect import describe_bundle
 from ..runtime.bundle.manifest import Manifest
+from ..runtime.bundle.memory_needs import memory_needs
 from ..runtime.memory import available_bytes, format_bytes
 
 __all__ = ["EngineBuild", "build_engine", "build_engines", "load_tensorrt"]
@@ -74,7 +74,7 @@ def build_engines(
     manifest.find_graph("decode", "tensorrt")
     trt = load_tensorrt()
     # Beside the mapped file TensorRT holds the weights it optimizes and the engine.
-    needed = 2 * describe_bundle(manifest)["targets"]["tensorrt"]["weight_bytes"]
+    needed = 2 * memory_needs(manifest, "tensorrt").weight_bytes
     if needed > (free := available_bytes()):
         raise BackendUnavailableError(
             f"--engine-build needs about {format_bytes(needed)} of memory, {format_bytes(free)} "

@@ -13,9 +13,10 @@ Every graph of every target has these inputs and outputs, all dimensions integer
 | present.{i}.key, .value (output) | [B, K, S, D] | the graph's | bind to the past's memory |
 
 Prefill has B = 1, T = P; decode has B = batch_size, T = 1; N = 1 in both. Past the cache
-(position >= S, decode only) graphs with TensorScatter (`tensorrt`, and `cuda` in float32) take
-write_indices = position % S. GroupQueryAttention (`cpu`, and `cuda` in 16 bits) appends at
-write_indices: copy row S-1 over row (position - S) % (S - 1), then pass write_indices = S - 1.
+(position >= S, decode only) graphs with TensorScatter (`tensorrt`, `cuda` in float32, and heads
+whose size isn't a multiple of 8) take write_indices = position % S. GroupQueryAttention (all
+others) appends at write_indices: copy row S-1 over row (position - S) % (S - 1), then pass
+write_indices = S - 1.
 """
 
 from __future__ import annotations
@@ -91,10 +92,12 @@ class GraphSpec:
     num_positions: int
 
 
-def _attention_type(spec: GraphSpec) -> type[ExportAttention]:
-    # GroupQueryAttention has CUDA kernels for 16-bit types alone.
+def _attention_type(config: LlamaConfig, spec: GraphSpec) -> type[ExportAttention]:
+    # GroupQueryAttention has CUDA kernels for 16-bit types alone, and none for other head sizes.
     on_gpu_in_float32 = spec.target == "cuda" and spec.dtype == "float32"
-    return StandardAttention if on_gpu_in_float32 else TARGETS[spec.target]
+    if on_gpu_in_float32 or config.head_dim % 8:
+        return StandardAttention
+    return TARGETS[spec.target]
 
 
 def input_names(config: LlamaConfig) -> list[str]:
@@ -197,7 +200,7 @@ class _Step(nn.Module):
         finally:
             torch.set_default_dtype(before)
         self.requires_grad_(False)
-        self.attention = _attention_type(spec)
+        self.attention = _attention_type(config, spec)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..runtime.atomic_write import write_file
 from ..runtime.bundle.manifest import REPORTS_NAME
 from ..runtime.cli.text_table import format_table
 from ..runtime.compare import Comparison
@@ -25,6 +27,8 @@ __all__ = [
     "verification_json",
     "write_report",
 ]
+
+logger = logging.getLogger(__name__)
 
 _HEAD = (
     "provider",
@@ -178,7 +182,7 @@ def verification_json(result: Verification) -> str:
     return json.dumps(_finite(asdict(result)), indent=1)
 
 
-def write_report(result: Verification, bundle: Path) -> Path:
+def write_report(result: Verification, bundle: Path) -> Path | None:
     """Adds the outcome to the bundle's reports, under the date and time.
 
     Args:
@@ -186,14 +190,17 @@ def write_report(result: Verification, bundle: Path) -> Path:
         bundle: The bundle's folder.
 
     Returns:
-        The report.
+        The report; None, and a warning, where the bundle can't be written to.
     """
     folder = bundle / REPORTS_NAME
-    folder.mkdir(exist_ok=True)
     path = folder / f"verify-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(verification_json(result) + "\n", encoding="utf-8")
-    return partial.rename(path)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_file(path, verification_json(result) + "\n")
+    except OSError as error:
+        logger.warning("no report is kept: %s can't be written (%s)", folder, error.strerror)
+        return None
+    return path
 
 
 def _run_rows(runs: tuple[RunResult, ...]) -> Iterator[tuple[str, ...]]:

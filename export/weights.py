@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ..model.checkpoint import Checkpoint
+from ..model.checkpoint.safetensors_header import safetensors_header
 from ..model.config import LlamaConfig
 from ..model.tables import rope_tables
-from ..runtime.bundle.manifest import StoredWeight, WeightFile
+from ..runtime.bundle.manifest import ITEM_BYTES, StoredWeight, WeightFile
+from ..runtime.memory import format_bytes
 
 __all__ = ["WeightPlan", "plan_weights", "write_rope_tables", "write_weights"]
-
-_HEADER_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_ALIGNMENT = 64  # of the first tensor; the rest follow without gaps, as the format wants
 
 # Another filesystem, a filesystem without hard links, or too many of them.
 _NO_LINK_ERRORS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -111,9 +109,13 @@ def write_rope_tables(config: LlamaConfig, num_positions: int, path: Path) -> We
 
     Returns:
         What the manifest says of it.
+
+    Raises:
+        ValueError: The disk is too small.
     """
     tables = dict(zip(("rope.cos", "rope.sin"), rope_tables(config, num_positions), strict=True))
     header, content = _lay_out(path.name, "float32", {n: tuple(t.shape) for n, t in tables.items()})
+    _check_space(path, len(header) + sum(table.nbytes for table in tables.values()))
     with path.open("wb") as stream:
         stream.write(header)
         for table in tables.values():
@@ -127,7 +129,7 @@ def _plan_links(checkpoint: Checkpoint, dtype: str) -> list[WeightPlan]:
     for name, stored in checkpoint.tensors.items():
         if stored.file is None or stored.offset is None or stored.dtype != dtype:
             return []
-        if stored.offset % getattr(torch, dtype).itemsize:
+        if stored.offset % ITEM_BYTES[dtype]:
             return []
         place = StoredWeight(shape=stored.shape, offset=stored.offset)
         tensors.setdefault(stored.file, {})[name] = place
@@ -150,7 +152,7 @@ def _plan_links(checkpoint: Checkpoint, dtype: str) -> list[WeightPlan]:
 def _plan_conversion(checkpoint: Checkpoint, dtype: str, name: str) -> WeightPlan:
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     header, content = _lay_out(name, dtype, shapes)
-    num_bytes = len(header) + sum(map(math.prod, shapes.values())) * getattr(torch, dtype).itemsize
+    num_bytes = len(header) + sum(map(math.prod, shapes.values())) * ITEM_BYTES[dtype]
     return WeightPlan(content=content, source=None, bytes=num_bytes)
 
 
@@ -158,24 +160,9 @@ def _lay_out(
     file: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[bytes, WeightFile]:
     """A safetensors header, and where it puts the tensors."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins: dict[str, int] = {}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * getattr(torch, dtype).itemsize
-        entries[name] = {
-            "dtype": _HEADER_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-        begins[name] = begin
-        begin = end
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
-    header = len(raw).to_bytes(8, "little") + raw
+    header, begins = safetensors_header(dtype, shapes)
     tensors = {
-        name: StoredWeight(shape=shape, offset=len(header) + begins[name])
-        for name, shape in shapes.items()
+        name: StoredWeight(shape=shape, offset=begins[name]) for name, shape in shapes.items()
     }
     return header, WeightFile(file=file, dtype=dtype, tensors=tensors)
 
@@ -189,7 +176,9 @@ def _convert_weights(
     )
     with path.open("wb") as stream:
         stream.write(header)
-        stream.truncate(num_bytes)
+        stream.flush()
+        # A hole that the disk has no room for would be a signal when it is written to.
+        os.posix_fallocate(stream.fileno(), 0, num_bytes)
     dtype: torch.dtype = getattr(torch, content.dtype)
     for name, place, part in checkpoint.read():
         stored = content.tensors[name]
@@ -220,6 +209,6 @@ def _check_space(path: Path, num_bytes: int) -> None:
     free_bytes = shutil.disk_usage(path.parent).free
     if num_bytes > free_bytes:
         raise ValueError(
-            f"{path.name} needs {num_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in "
-            f"{path.parent.parent}; free some, or choose another --out"
+            f"{path.name} needs {format_bytes(num_bytes)}, {format_bytes(free_bytes)} are free in "
+            f"{path.parent.parent}; free some, or name a folder elsewhere"
         )

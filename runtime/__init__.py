@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from .backend import Backend, BackendUnavailableError, StaticShape
 
 __all__ = ["Backend", "BackendUnavailableError", "StaticShape"]
+
+# Importing onnxruntime otherwise writes a device id and a database of events into the user's home.
+# Here, because every part of llamac that imports it imports this package first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

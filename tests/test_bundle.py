@@ -29,6 +29,7 @@ from llamac.runtime.bundle.manifest import (
     hash_file,
     open_bundle,
 )
+from llamac.runtime.cache_folder import cache_folder
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -154,10 +155,39 @@ def test_a_flipped_byte_in_a_small_file_is_refused(bundle: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, LINKED, "rope.safetensors"])
-def test_a_flipped_byte_in_the_weights_is_refused_on_request(bundle: Path, name: str):
+def test_a_flipped_byte_in_the_weights_is_refused(bundle: Path, name: str):
+    """It used to be found on request alone."""
+    open_bundle(bundle)
+    status = (bundle / name).stat()
+    edit(bundle / name, flip)
+    assert_refused(bundle, name, "was changed after the export")
+    # What looks untouched is read on request.
     edit(bundle / name, flip)
     open_bundle(bundle)
+    edit(bundle / name, flip)
+    os.utime(bundle / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    open_bundle(bundle)
     assert_refused(bundle, name, "was changed after the export", check=True)
+
+
+def test_weights_are_hashed_once_for_every_copy(bundle: Path, exported: Manifest, tmp_path: Path):
+    """Each copy has inodes of its own; a second start reads nothing."""
+    known = cache_folder("weights")
+    before = {*known.iterdir()}
+    for _ in range(2):
+        assert open_bundle(bundle).digest == exported.digest
+        assert len({*known.iterdir()} - before) == len(exported.weights)
+    shutil.copytree(bundle, tmp_path / "copy")
+    assert open_bundle(tmp_path / "copy").digest == exported.digest
+    assert len({*known.iterdir()} - before) == 2 * len(exported.weights)
+
+
+def test_a_bundle_opens_where_nothing_can_be_noted(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    (bundle.parent / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(bundle.parent / "file"))
+    open_bundle(bundle)
+    edit(bundle / WEIGHTS, flip)
+    assert_refused(bundle, WEIGHTS, "was changed after the export")
 
 
 @pytest.mark.parametrize("name", [GRAPH, WEIGHTS])
@@ -236,16 +266,29 @@ def test_a_foreign_file_is_refused_but_reports_may_come_and_go(bundle: Path, exp
     assert_refused(bundle, "engines", "not part of this bundle")
 
 
-def test_links_out_of_the_folder_are_refused(bundle: Path, tmp_path: Path):
-    (bundle / GRAPH).rename(tmp_path / "graph")
-    (bundle / GRAPH).symlink_to(tmp_path / "graph")
-    assert_refused(bundle, GRAPH, "not a regular file")
+def test_a_bundle_of_links_opens(bundle: Path, exported: Manifest, tmp_path: Path):
+    """As in a Hub's snapshot; it used to be no bundle's manifest."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    snapshot.mkdir()
+    bundle.rename(blobs)
+    for number, path in enumerate(sorted(blobs.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../blobs/{number}")
+    assert open_bundle(snapshot, check=True).digest == exported.digest
+    (snapshot / "reports").symlink_to(blobs)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert open_bundle(tmp_path / "link").digest == exported.digest
+    weights = (snapshot / WEIGHTS).resolve()
+    edit(weights, flip)
+    assert_refused(snapshot, WEIGHTS, "was changed after the export")
+    weights.unlink()
+    assert_refused(snapshot, WEIGHTS, "missing from the bundle", error=FileNotFoundError)
 
 
-def test_links_inside_and_other_kinds_of_file_are_refused(bundle: Path, tmp_path: Path):
+def test_other_kinds_of_file_are_refused(bundle: Path, tmp_path: Path):
     (bundle / WEIGHTS).unlink()
     (bundle / WEIGHTS).symlink_to(LINKED)
-    assert_refused(bundle, WEIGHTS, "not a regular file")
+    assert_refused(bundle, WEIGHTS, r"has \d+ bytes, exported with")
     (bundle / WEIGHTS).unlink()
     os.mkfifo(bundle / WEIGHTS)
     assert_refused(bundle, WEIGHTS, "not a regular file", check=True)
@@ -254,13 +297,30 @@ def test_links_inside_and_other_kinds_of_file_are_refused(bundle: Path, tmp_path
     assert_refused(bundle, WEIGHTS, "not a regular file")
 
 
-def test_reports_and_the_manifest_may_not_be_links(bundle: Path, tmp_path: Path):
-    (bundle / "reports").symlink_to(tmp_path)
-    assert_refused(bundle, "reports", "not part of this bundle")
-    (bundle / "reports").unlink()
-    (bundle / "bundle.json").rename(tmp_path / "bundle.json")
-    (bundle / "bundle.json").symlink_to(tmp_path / "bundle.json")
-    assert_refused(bundle, "bundle.json", "not a bundle's manifest")
+def test_what_hubs_and_people_put_beside_a_model_is_let_be(bundle: Path, exported: Manifest):
+    """A README.md used to be "not part of this bundle"."""
+    for name in ("README.md", "LICENSE", "NOTICE.txt", ".gitattributes", ".DS_Store"):
+        (bundle / name).write_text("anything")
+    (bundle / ".cache").mkdir()
+    assert open_bundle(bundle, check=True).digest == exported.digest
+
+
+def test_a_tokenizer_may_be_added_where_there_is_none(bundle: Path, exported: Manifest):
+    """Running such a bundle asked for one to be copied in, and then refused it."""
+    for name in ("tokenizer.model", "generation_config.json"):
+        (bundle / name).write_text("{}")
+    assert open_bundle(bundle).digest == exported.digest
+    edit(bundle / "tokenizer_config.json", flip)  # was exported
+    assert_refused(bundle, "tokenizer_config.json", "was changed after the export")
+
+
+def test_a_second_tokenizer_is_refused(checkpoint: Path, tmp_path: Path):
+    """It would win over the one that was exported."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    (folder / "tokenizer.model").write_text("")
+    out = export_bundle(open_checkpoint(folder), tmp_path / "bundle", **SIZES).folder
+    (out / "tokenizer.json").write_text("{}")
+    assert_refused(out, "tokenizer.json", "not part of this bundle; remove it")
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path):
@@ -410,8 +470,15 @@ def test_editing_the_checkpoint_in_place_is_found(checkpoint: Path, tmp_path: Pa
     assert (out / "model.safetensors").samefile(folder / "model.safetensors")
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
         stream.write(b"\x55")
-    assert_refused(out, "model.safetensors", "was changed after the export", check=True)
+    # It used to answer from the new weights.
+    assert_refused(out, "model.safetensors", "was changed after the export")
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(last)
+    open_bundle(out)  # written to, but what it was
 
 
 @pytest.mark.parametrize(
@@ -424,6 +491,8 @@ def test_editing_the_checkpoint_in_place_is_found(checkpoint: Path, tmp_path: Pa
         ({"dtype": "bfloat16"}, "cpu graphs are always float32; leave --dtype out"),
         ({"prefill_len": 33}, "prefill_len is 33; it must be between 1 and max_seq_len, 32"),
         ({"batch_size": 0}, "batch_size is 0"),
+        # Used to end in the exporter's own traceback.
+        ({"batch_size": 2**63}, r"a cache of batch_size 9223372036854775808 .* than 16384\.00 GiB"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
@@ -445,6 +514,20 @@ def test_a_name_in_use_is_left_alone(checkpoint: Path, exported: Manifest, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
+def test_the_folder_one_is_in_is_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The bundle was written, and the shell left in a folder that was no more."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="here: can't be replaced; name a new folder in it"):
+        export_bundle(open_checkpoint(checkpoint), Path("."), **SIZES)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+    manifest = export_bundle(open_checkpoint(checkpoint), Path("new"), **SIZES)
+    monkeypatch.chdir("/")
+    assert open_bundle(manifest.folder, check=True).digest == manifest.digest
+
+
 def test_a_failed_export_leaves_nothing(checkpoint: Path, tmp_path: Path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     path = folder / "model-00002-of-00002.safetensors"
@@ -453,7 +536,7 @@ def test_a_failed_export_leaves_nothing(checkpoint: Path, tmp_path: Path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="lm_head.weight holds 1.00026e.30, past float16's range"):
         export_bundle(
-            open_checkpoint(folder), tmp_path / "out", targets=("cuda",), dtype="float16", **SIZES
+            open_checkpoint(folder), tmp_path / "a/b", targets=("cuda",), dtype="float16", **SIZES
         )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert open_checkpoint(folder).tensors
@@ -466,7 +549,7 @@ def test_two_exports_to_one_name_do_not_mix(checkpoint: Path, tmp_path: Path):
     handle = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another export is writing it"):
+        with pytest.raises(ValueError, match="another process is writing it"):
             export_bundle(open_checkpoint(checkpoint), tmp_path / "out", **SIZES)
     finally:
         os.close(handle)

@@ -409,8 +409,11 @@ def test_a_malicious_pickle_is_not_run(refused, tmp_path: Path):
     ("words", "message"),
     [
         (("--preset", "llama-9b", "new"), "preset is 'llama-9b'; it must be one of .*llama-2-7b"),
-        (("--preset", "llama-7b", "full"), "full: already there; name a new or empty folder"),
-        (("--preset", "llama-7b", "full/file/x"), "full/file/x: can't be made .*; name another"),
+        (("--preset", "llama-7b", "full"), "full: already there; remove it or name a new folder"),
+        (
+            ("--preset", "llama-7b", "full/file/x"),
+            "full/file/x: can't be made .*; name a folder",
+        ),
         (("--preset", "llama-7b", "new", "--shards", "0"), "shards is 0; this model takes 1 to"),
         (("--preset", "llama-7b", "new", "--dtype", "int8"), "invalid choice: 'int8'"),
         (("new",), "required: --preset"),

@@ -15,15 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...runtime.atomic_write import new_folder
+from ...runtime.bundle.manifest import ITEM_BYTES
+from ...runtime.memory import format_bytes
 from ..config import DTYPES, LlamaConfig
 from .presets import preset_config
+from .safetensors_header import safetensors_header
 from .stored import weight_shapes
 
 __all__ = ["write_random_checkpoint"]
 
 _STD = 0.02  # transformers' initializer_range
 _CHUNK = 1 << 22  # values drawn at a time; part of what a seed means
-_STORED_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_random_checkpoint(
@@ -67,26 +70,15 @@ def write_random_checkpoint(
     shapes = weight_shapes(config)
     if not 1 <= shards <= len(shapes):
         raise ValueError(f"shards is {shards}; this model takes 1 to {len(shapes)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already there; name a new or empty folder")
-    total_bytes = sum(map(math.prod, shapes.values())) * _torch_dtype(dtype).itemsize
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out}: can't be made ({error.strerror}); name another folder") from None
-    free_bytes = shutil.disk_usage(out.parent).free
-    if total_bytes > free_bytes:
-        raise ValueError(
-            f"{out}: needs {total_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free there"
-        )
-
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    partial.mkdir()
-    try:
-        _write(partial, config, shapes, seed=seed, shards=shards, progress=progress)
-        partial.rename(out)
-    finally:  # an interrupt included; after the rename there is nothing to remove
-        shutil.rmtree(partial, ignore_errors=True)
+    total_bytes = sum(map(math.prod, shapes.values())) * ITEM_BYTES[dtype]
+    with new_folder(out) as folder:
+        free_bytes = shutil.disk_usage(folder).free
+        if total_bytes > free_bytes:
+            raise ValueError(
+                f"{out}: needs {format_bytes(total_bytes)}, {format_bytes(free_bytes)} are free "
+                "there"
+            )
+        _write(folder, config, shapes, seed=seed, shards=shards, progress=progress)
 
 
 def _write(
@@ -106,12 +98,9 @@ def _write(
     for i, names in enumerate(_split(shapes, shards)):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(names, name)
-        header = _header({key: shapes[key] for key in names}, config.dtype)
+        header, begins = safetensors_header(config.dtype, {key: shapes[key] for key in names})
         (folder / name).write_bytes(header)
-        offset = len(header)
-        for key in names:
-            todo.append((folder / name, offset, key))
-            offset += math.prod(shapes[key]) * dtype.itemsize
+        todo += [(folder / name, begin, key) for key, begin in begins.items()]
 
     def write(path: Path, offset: int, key: str) -> int:
         with path.open("r+b") as stream:
@@ -148,20 +137,6 @@ def _split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[str]]:
         groups[-1].append(name)
         done += math.prod(shape)
     return groups
-
-
-def _header(shapes: dict[str, tuple[int, ...]], dtype: str) -> bytes:
-    """Safetensors' header; padded so that the data starts on a multiple of 64 bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * _torch_dtype(dtype).itemsize
-        entry = {"dtype": _STORED_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-        header[name] = entry
-        begin = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % 64)
-    return len(raw).to_bytes(8, "little") + raw
 
 
 def _values(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Iterator[Tensor]:

@@ -1,13 +1,13 @@
-"""What a bundle holds, and the memory that running it takes."""
+"""What a bundle holds, for people and for programs."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 from ..memory import format_bytes
-from .manifest import ITEM_BYTES, Manifest
+from .manifest import Manifest
+from .memory_needs import memory_needs
 
 __all__ = ["describe_bundle", "print_bundle"]
 
@@ -30,7 +30,7 @@ def describe_bundle(manifest: Manifest) -> dict[str, Any]:
         "model": asdict(manifest.model),
         "disk_bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
-        "targets": {target: _describe_target(manifest, target) for target in manifest.targets},
+        "targets": {target: asdict(memory_needs(manifest, target)) for target in manifest.targets},
         "graphs": [asdict(graph) for graph in manifest.graphs],
     }
 
@@ -59,33 +59,6 @@ def print_bundle(manifest: Manifest) -> None:
                 ops = sorted(graph.ops.items(), key=lambda item: -item[1])
                 counts = ", ".join(f"{op} {count}" for op, count in ops)
                 print(f"    {graph.role} {graph.batch} x {graph.tokens}: {counts}")
-
-
-def _describe_target(manifest: Manifest, target: str) -> dict[str, Any]:
-    graphs = [graph for graph in manifest.graphs if graph.target == target]
-    dtype, model = graphs[0].dtype, manifest.model
-    weights = sum(
-        math.prod(tensor.shape) * ITEM_BYTES[dtype]
-        for file in manifest.weights
-        if file.dtype == dtype
-        for name, tensor in file.tensors.items()
-        if not name.startswith("rope.")
-    )
-    rows = manifest.shape.batch_size * manifest.shape.max_seq_len
-    row_bytes = model.num_key_value_heads * model.head_dim * ITEM_BYTES[dtype]
-    cache = 2 * model.num_hidden_layers * rows * row_bytes
-    on_host = target == "cpu"
-    # Each TensorRT engine and each CUDA session holds the weights; CPU sessions map one file.
-    copies = 1 if on_host else len(graphs)
-    total = weights * copies + cache
-    return {
-        "dtype": dtype,
-        "weight_bytes": weights,
-        "weight_copies": copies,
-        "cache_bytes": cache,
-        "host_bytes": total if on_host else 0,
-        "device_bytes": 0 if on_host else total,
-    }
 
 
 def _memory(target: str, needs: dict[str, Any]) -> str:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic_write import PARTIAL_SUFFIX
 from ..backend import StaticShape
 from ..typed_json import to_dataclass
+from .known_files import is_marked, mark_path, set_mark
 
 __all__ = [
     "FORMAT",
     "ITEM_BYTES",
     "MANIFEST_NAME",
-    "PARTIAL_SUFFIX",
     "REPORTS_NAME",
+    "TOKENIZER_NAMES",
     "FileRecord",
     "GraphFile",
     "Manifest",
@@ -36,10 +37,22 @@ __all__ = [
 FORMAT = 1
 MANIFEST_NAME = "bundle.json"
 REPORTS_NAME = "reports"  # the one folder that may change after the export
-PARTIAL_SUFFIX = ".partial"  # of a folder that an export is writing, or was killed while writing
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of weights and caches
 
+# What a tokenizer and a chat template are read from.
+TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
 _MAX_MANIFEST_BYTES = 64 << 20
+# What people and Hubs put beside a model, and nothing here reads; dot files too.
+_BYSTANDERS = ("README", "LICENSE", "NOTICE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +197,9 @@ def open_bundle(path: str | Path, *, check: bool = False) -> Manifest:
     """Opens a bundle, refusing a folder that isn't exactly what was exported.
 
     Every file must be there, regular, and of its size, and there may be no other (but reports).
-    The manifest, the graphs and other small files are hashed; the weights only on request.
+    The manifest, the graphs and other small files are hashed; the weights on request, and where
+    they are not the file that was hashed before: after a copy, or when a checkpoint's file that
+    they are a hard link to was written to.
 
     Args:
         path: The folder.
@@ -203,13 +218,11 @@ def open_bundle(path: str | Path, *, check: bool = False) -> Manifest:
         _check_name(folder, name)
     _check_listed(folder, manifest)
     for entry in sorted(folder.iterdir()):
-        if entry.name == REPORTS_NAME and entry.is_dir() and not entry.is_symlink():
-            continue
-        if entry.name not in manifest.files and entry.name != MANIFEST_NAME:
+        if not (entry.name in manifest.files or _may_be_added(entry, manifest)):
             raise ValueError(f"{entry}: not part of this bundle; remove it")
     weights = {weight.file for weight in manifest.weights}
     for name, record in manifest.files.items():
-        _check_file(folder / name, record, hashed=check or name not in weights)
+        _check_file(folder / name, record, keep=name in weights, check=check)
     return manifest
 
 
@@ -235,7 +248,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder}: an unfinished export; run the export again")
     if not path.exists():
         raise FileNotFoundError(f"{folder}: not a bundle, it has no {MANIFEST_NAME}")
-    if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > _MAX_MANIFEST_BYTES:
+    if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise ValueError(f"{path}: not a bundle's manifest; export again")
     try:
         data = json.loads(path.read_bytes())
@@ -279,6 +292,8 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
         for name, stored in weight.tensors.items():
             if stored.offset + math.prod(stored.shape) * ITEM_BYTES[weight.dtype] > size:
                 raise ValueError(f"{where}: {name} lies past the end of {weight.file}")
+    if min(getattr(manifest.model, name) for name in ModelSizes.__slots__) < 1:
+        raise ValueError(f"{where}: a size of the model is not positive; export again")
     shape = manifest.shape
     wanted = {("prefill", 1, tokens) for tokens in shape.prefill_lens}
     wanted.add(("decode", shape.batch_size, 1))
@@ -294,16 +309,27 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
         raise ValueError(f"{where}: lists no graph; export again")
 
 
-def _check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing from the bundle; export again") from None
-    if not stat.S_ISREG(status.st_mode):
+def _may_be_added(entry: Path, manifest: Manifest) -> bool:
+    """Whether what wasn't exported changes nothing, or is the tokenizer that a bundle lacks."""
+    if entry.name in (MANIFEST_NAME, REPORTS_NAME):
+        return entry.name == MANIFEST_NAME or entry.is_dir()
+    if entry.name in TOKENIZER_NAMES:
+        return not {"tokenizer.json", "tokenizer.model"} & manifest.files.keys()
+    return entry.name.startswith((".", *_BYSTANDERS))
+
+
+def _check_file(path: Path, record: FileRecord, *, keep: bool, check: bool) -> None:
+    """Follows symlinks, of which a Hub's snapshot is made."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing from the bundle; export again")
+    if not path.is_file():
         raise ValueError(f"{path}: not a regular file; export again")
-    if status.st_size != record.bytes:
-        raise ValueError(
-            f"{path}: has {status.st_size} bytes, exported with {record.bytes}; export again"
-        )
-    if hashed and hash_file(path) != record:
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise ValueError(f"{path}: has {size} bytes, exported with {record.bytes}; export again")
+    mark = mark_path(path, record.sha256) if keep else None  # before it is read
+    if is_marked(mark) and not check:
+        return
+    if hash_file(path) != record:
         raise ValueError(f"{path}: was changed after the export; export again")
+    set_mark(mark)

@@ -276,7 +276,8 @@ def _verify(args: argparse.Namespace) -> int:
             progress=progress,
         )
     emit(verification_json(result) if args.json else format_verification(result))
-    say(f"report: {write_report(result, manifest.folder)}")
+    if report := write_report(result, manifest.folder):
+        say(f"report: {report}")
     return 0 if result.passed else 1
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..backend import StepInputs
 from ..bundle.manifest import GraphFile
 from .buffers import ONNX_TYPES, CacheBuffers, allocate
+from .providers import named_errors
 
 __all__ = ["BoundGraph"]
 
@@ -36,6 +37,7 @@ class BoundGraph:
         cache: CacheBuffers,
     ) -> None:
         self._session = session
+        self._name = graph.file
         device_id = cache.device_id
         self._place = ("cpu", 0) if device_id is None else ("cuda", device_id)
         sizes = StepInputs.graph_sizes(graph.batch, graph.tokens, graph.logits)
@@ -45,7 +47,8 @@ class BoundGraph:
         logits_shape = (graph.batch, graph.logits, vocab_size)
         self._logits = allocate(logits_shape, "float32", device_id=device_id)
         num_slots = cache.shape[0] // graph.batch
-        self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
+        with named_errors(self._name):
+            self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
 
     def run(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs T tokens of each row.
@@ -58,7 +61,8 @@ class BoundGraph:
         """
         for name, buffer in self._inputs.items():
             buffer.write(getattr(inputs, name))
-        self._session.run_with_iobinding(self._bindings[int(inputs.slots[0])])
+        with named_errors(self._name):
+            self._session.run_with_iobinding(self._bindings[int(inputs.slots[0])])
         return self._logits.read()[:, 0]
 
     def _bind(self, cache: CacheBuffers, slot: int, batch: int) -> Any:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import MAX_THREADS, BackendUnavailableError, StaticShape
-from ..bundle.inspect import describe_bundle
 from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
+from ..bundle.memory_needs import memory_needs
 from ..memory import available_bytes, format_bytes
 from .bound_graph import BoundGraph
 from .buffers import CacheBuffers
@@ -281,12 +281,12 @@ def _check_device(device_id: int, num_devices: int) -> None:
 
 
 def _check_memory(manifest: Manifest, target: str, *, prepack: bool, device_id: int | None) -> None:
-    needs = describe_bundle(manifest)["targets"][target]
+    needs = memory_needs(manifest, target)
     if device_id is None:
         copies, free, where = 1 + prepack, available_bytes(), "memory"
     else:
-        copies, free, where = needs["weight_copies"], free_bytes(device_id), "GPU memory"
-    weights, cache = copies * needs["weight_bytes"], needs["cache_bytes"]
+        copies, free, where = needs.weight_copies, free_bytes(device_id), "GPU memory"
+    weights, cache = copies * needs.weight_bytes, needs.cache_bytes
     if weights + cache > free:
         raise BackendUnavailableError(
             f"weights {format_bytes(weights)}, cache {format_bytes(cache)} do not fit in "

@@ -7,9 +7,10 @@ another provider would run is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "TENSORRT_PACKAGES",
     "SessionOptions",
     "installed_versions",
+    "named_errors",
     "open_session",
     "provider_libraries",
     "provider_problem",
@@ -152,7 +154,6 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         BackendUnavailableError: The provider, or onnxruntime for it, refuses the graph or a node.
     """
     import onnxruntime as ort
-    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
     name = PROVIDERS[options.provider]
     settings = ort.SessionOptions()
@@ -169,13 +170,37 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         # TensorRT says in its log which node it refuses, and only there.
         settings.log_severity_level = _LOG_ERRORS
         ort.set_default_logger_severity(_LOG_ERRORS)
-    try:
+    with named_errors(f"--provider {options.provider} cannot run {path.name}"):
         session = ort.InferenceSession(
             os.fspath(path),
             settings,
             providers=[(name, dict(options.provider_options))],
             enable_fallback=0,
         )
+    if session.get_providers()[0] != name:
+        raise BackendUnavailableError(
+            f"--provider {options.provider}: onnxruntime chose {session.get_providers()[0]} for "
+            f"{path.name}; see llamac doctor"
+        )
+    if options.provider != "cpu":
+        _check_assignment(session, path, options.provider)
+    return session
+
+
+@contextlib.contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Turns ONNX Runtime's errors, each of a type of its own, into one that says what failed.
+
+    Args:
+        what: Begins the message.
+
+    Raises:
+        BackendUnavailableError: For any of them.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
+
+    try:
+        yield
     except (
         RuntimeError,
         state.EPFail,
@@ -187,17 +212,7 @@ def open_session(path: Path, options: SessionOptions) -> Any:
         state.NotImplemented,
         state.RuntimeException,
     ) as error:
-        raise BackendUnavailableError(
-            f"--provider {options.provider} cannot run {path.name}: {_one_line(str(error))}"
-        ) from None
-    if session.get_providers()[0] != name:
-        raise BackendUnavailableError(
-            f"--provider {options.provider}: onnxruntime chose {session.get_providers()[0]} for "
-            f"{path.name}; see llamac doctor"
-        )
-    if options.provider != "cpu":
-        _check_assignment(session, path, options.provider)
-    return session
+        raise BackendUnavailableError(f"{what}: {_one_line(str(error))}") from None
 
 
 def _one_line(text: str) -> str:
