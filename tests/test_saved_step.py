@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import subprocess
@@ -187,3 +189,35 @@ def test_a_damaged_file_is_a_miss_that_is_said(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.INFO, "llamac.model.compiled.saved_step"):
         assert not step.load()
     assert "damaged" in caplog.text
+
+
+def test_a_whole_file_that_torch_cannot_load_is_a_miss_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """It used to be passed over without a word."""
+    path = tmp_path / "decode-0.step"
+    payload = b"{}\nnot what torch saves"
+    path.write_bytes(hashlib.sha256(payload).digest() + payload)
+    assert not SavedStep(lambda: lambda: None, path).load()
+    assert "does not load" in caplog.text
+
+
+class Compiled:
+    """A compiled function on a full disk."""
+
+    def aot_compile(self, example: object) -> Compiled:
+        return self
+
+    def save_compiled_function(self, path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __call__(self, number: int) -> int:
+        return number + 1
+
+
+def test_a_step_that_cannot_be_saved_still_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    step = SavedStep(Compiled, tmp_path / "decode-0.step")
+    assert step(1) == 2
+    assert "No space left on device" in caplog.text
+    assert not list(tmp_path.iterdir())
+    assert step(2) == 3

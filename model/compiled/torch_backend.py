@@ -174,10 +174,10 @@ class TorchBackend:
         compile_s = warmup_s = 0.0
         hit: bool | None = None
         for name, call in calls.items():
+            begin = time.perf_counter()
             step = make(name)
             is_saved = isinstance(step, SavedStep)
             progress(f"{'compiling' if is_saved else 'starting'} {name.replace('_', ' of ')}")
-            begin = time.perf_counter()
             self._steps[name] = self._bind(name, step)
             loaded = is_saved and step.load()
             if is_saved:
