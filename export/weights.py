@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..model.checkpoint import Checkpoint
 from ..model.checkpoint.safetensors_header import safetensors_header
+from ..model.checkpoint.stored import copy_finite
 from ..model.config import LlamaConfig
 from ..model.tables import rope_tables
 from ..runtime.bundle.manifest import ITEM_BYTES, StoredWeight, WeightFile
@@ -182,7 +182,6 @@ def _convert_weights(
     dtype: torch.dtype = getattr(torch, content.dtype)
     for name, place, part in checkpoint.read():
         stored = content.tensors[name]
-        _check_range(name, part, dtype)
         # Mapped for this part only, so that written pages don't count as this process's.
         raw = np.memmap(
             path,
@@ -191,18 +190,8 @@ def _convert_weights(
             offset=stored.offset,
             shape=(math.prod(stored.shape) * dtype.itemsize,),
         )
-        torch.from_numpy(raw).view(dtype).view(stored.shape)[place].copy_(part)
+        copy_finite(name, part, torch.from_numpy(raw).view(dtype).view(stored.shape)[place])
         del raw
-
-
-def _check_range(name: str, part: Tensor, dtype: torch.dtype) -> None:
-    if dtype != torch.float16 or part.dtype == dtype:
-        return
-    largest = part.abs().max().item()
-    if largest > torch.finfo(dtype).max:
-        raise ValueError(
-            f"{name} holds {largest:g}, past float16's range; use --dtype bfloat16 or float32"
-        )
 
 
 def _check_space(path: Path, num_bytes: int) -> None:

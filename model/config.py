@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.typed_json import check_bool, check_int, check_number, read_json, shown
-from .rope_scaling import RopeScaling, check_theta, named, read_rope
+from ..runtime.typed_json import check_bool, check_int, check_number, named, read_json, shown
+from .rope_scaling import RopeScaling, check_theta, read_rope
 
 __all__ = ["DTYPES", "LlamaConfig", "RopeScaling"]
 

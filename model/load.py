@@ -83,10 +83,9 @@ def load_backend(
         ValueError: The checkpoint or an option is refused; the message says why.
         BackendUnavailableError: The machine lacks the device, a compiler or the memory.
     """
-    for name, value, allowed in (("device", device, _DEVICES), ("dtype", dtype, (None, *DTYPES))):
-        if value not in allowed:
-            choices = ", ".join(choice for choice in allowed if choice is not None)
-            raise ValueError(f"{name} is {shown(value)}; it must be one of {choices}")
+    _check_choice("device", device, _DEVICES)
+    if dtype is not None:
+        _check_choice("dtype", dtype, DTYPES)
     opened = isinstance(source, Checkpoint)
     checkpoint = source if opened else open_checkpoint(source or DEMO_FOLDER)
     config = checkpoint.config
@@ -94,32 +93,13 @@ def load_backend(
     shape = static_shape(
         config, batch_size=batch_size, max_seq_len=max_seq_len, prefill_len=prefill_len
     )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"no CUDA device found by torch {torch.__version__}; use --device cpu, or install a "
-            "CUDA build of torch and a driver"
-        )
-    if device == "cuda" and find_spec("triton") is None:
-        raise BackendUnavailableError(
-            "triton is not installed, which --device cuda needs; pip install triton, or install a "
-            "CUDA build of torch for Linux, which brings it"
-        )
+    if device == "cuda":
+        _check_cuda()
     if threads is not None:
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads is {threads}; it must be between 1 and {MAX_THREADS}")
         torch.set_num_threads(threads)
-    needed = {
-        "weights": weight_bytes(checkpoint, torch_dtype),
-        "cache": cache_bytes(config, batch_size, shape.max_seq_len, dtype=torch_dtype),
-        "RoPE": rope_bytes(config, shape.num_positions),
-    }
-    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
-    if sum(needed.values()) > free:
-        raise BackendUnavailableError(
-            f"{text} do not fit in {format_bytes(free)} of free memory; lower --max-seq-len or "
-            "--batch-size, or choose a 16-bit --dtype"
-        )
+    text = _check_memory(checkpoint, shape, device, torch_dtype)
     announce(
         f"{text} ({dtype or config.dtype}, batch {batch_size}, max_seq_len {shape.max_seq_len})"
     )
@@ -175,3 +155,41 @@ def static_shape(
         num_positions=max(rows, min(trained, _MAX_WINDOWS * rows)),
         vocab_size=config.vocab_size,
     )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}")
+
+
+def _check_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"no CUDA device found by torch {torch.__version__}; use --device cpu, or install a "
+            "CUDA build of torch and a driver"
+        )
+    if find_spec("triton") is None:
+        raise BackendUnavailableError(
+            "triton is not installed, which --device cuda needs; pip install triton, or install a "
+            "CUDA build of torch for Linux, which brings it"
+        )
+
+
+def _check_memory(
+    checkpoint: Checkpoint, shape: StaticShape, device: str, dtype: torch.dtype
+) -> str:
+    """Returns what will be allocated, in words, if it fits."""
+    config, rows = checkpoint.config, shape.max_seq_len
+    needed = {
+        "weights": weight_bytes(checkpoint, dtype),
+        "cache": cache_bytes(config, shape.batch_size, rows, dtype=dtype),
+        "RoPE": rope_bytes(config, shape.num_positions),
+    }
+    text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+    if sum(needed.values()) > free:
+        raise BackendUnavailableError(
+            f"{text} do not fit in {format_bytes(free)} of free memory; lower --max-seq-len or "
+            "--batch-size, or choose a 16-bit --dtype"
+        )
+    return text

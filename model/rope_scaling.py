@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..runtime.typed_json import check_bool, check_number, shown
+from ..runtime.typed_json import check_bool, check_number, named, shown
 
-__all__ = ["RopeScaling", "check_theta", "named", "read_rope"]
+__all__ = ["RopeScaling", "check_theta", "read_rope"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_FACTOR = 1e9
 _MAX_THETA = 1e30  # float32 holds its powers
-_NUM_NAMED = 8
 
 _NEEDED = {
     "linear": ("factor",),
@@ -133,15 +131,6 @@ def read_rope(data: dict[str, Any], max_positions: object) -> tuple[float, RopeS
     if rope_type == "default":
         return theta, None
     return theta, RopeScaling(**{"factor": None, **known, "rope_type": rope_type})
-
-
-def named(keys: Iterable[str]) -> str:
-    """Lists keys of a file in a warning: the first few, each short."""
-    keys = list(keys)
-    text = ", ".join(
-        key if key.isidentifier() and len(key) < 60 else shown(key) for key in keys[:_NUM_NAMED]
-    )
-    return text if len(keys) <= _NUM_NAMED else f"{text} and {len(keys) - _NUM_NAMED} more"
 
 
 def _first(*values: Any) -> Any:

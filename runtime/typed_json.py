@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,11 +12,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .side_file import read_side_file
 
-__all__ = ["check_bool", "check_int", "check_number", "read_json", "shown", "to_dataclass"]
+__all__ = ["check_bool", "check_int", "check_number", "named", "read_json", "shown", "to_dataclass"]
 
 _T = TypeVar("_T")
 
 _SHOWN_LENGTH = 60
+_NUM_NAMED = 8
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -64,6 +66,17 @@ def shown(value: object) -> str:
     short.maxstring = short.maxother = _SHOWN_LENGTH
     text = short.repr(value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
+def named(keys: Iterable[str]) -> str:
+    """Lists names out of a file for a message: the first few, each short and plain."""
+    keys = list(keys)
+    texts = [
+        key if len(key) <= _SHOWN_LENGTH and key.replace(".", "_").isidentifier() else shown(key)
+        for key in keys[:_NUM_NAMED]
+    ]
+    more = len(keys) - len(texts)
+    return ", ".join(texts) + (f" and {more} more" if more else "")
 
 
 def check_int(name: str, value: object, *, most: int, least: int = 1) -> int:

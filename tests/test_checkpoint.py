@@ -200,6 +200,157 @@ def test_load_weights_refuses_another_model(folder: Path):
             load_weights(Llama(config, num_positions=4), checkpoint)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_one_file_is_read_before_shards(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+):
+    """A stale index used to win: the old weights, and nobody was told."""
+    old, new = hf_model(), hf_model()
+    for parameter in new.parameters():
+        parameter.data.neg_()
+    if suffix == "safetensors":
+        old.save_pretrained(tmp_path / "old", max_shard_size="40KB")
+        new.save_pretrained(tmp_path)
+    else:
+        save_sharded_bin(old, tmp_path / "old")
+        save_bin(new, tmp_path)
+    for path in (tmp_path / "old").iterdir():
+        path.rename(tmp_path / path.name)
+    assert_same(assemble(open_checkpoint(tmp_path)), distinct_weights(new))
+    assert "is read, not the shards that" in caplog.text
+    for path in tmp_path.glob("*-*"):
+        path.unlink()
+    assert_same(assemble(open_checkpoint(tmp_path)), distinct_weights(new))
+
+
+@pytest.mark.parametrize("name", ["model-00009.safetensors", "overlay.safetensors"])
+def test_a_later_shard_supersedes_an_earlier_one(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    """Both holding a tensor used to be refused; transformers reads the last."""
+    model = hf_model()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: torch.ones(160, 64)}, tmp_path / name, metadata={"format": "pt"})
+    for holder in (name, weight_map[key]):
+        caplog.clear()
+        extra = {"model.unused": name}
+        index.write_text(
+            json.dumps({"metadata": {}, "weight_map": {**weight_map, **extra, key: holder}})
+        )
+        assert_same(assemble(open_checkpoint(tmp_path)), reference_weights(tmp_path))
+        assert assemble(open_checkpoint(tmp_path))[key].eq(1).all()
+        assert ("other shards than it names" in caplog.text) == (holder != name)
+
+
+def reference_weights(folder: Path) -> dict[str, Tensor]:
+    """What transformers reads."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+    return distinct_weights(model)
+
+
+TIED = {
+    "no head": lambda w: w.pop("lm_head.weight"),
+    "the same head": lambda w: None,
+    "another head": lambda w: w.update({"lm_head.weight": w["lm_head.weight"].flip(0)}),
+    "only a head": lambda w: w.pop("model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("stored", TIED)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_tied_model_is_what_its_file_says(
+    tmp_path: Path, stored: str, suffix: str, caplog: pytest.LogCaptureFixture
+):
+    """A stored head used to be dropped whatever it held, and one alone was refused."""
+    model = hf_model(tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    TIED[stored](weights)
+    if suffix == "bin":
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    is_tied = stored != "another head"
+    assert checkpoint.config.tie_word_embeddings == is_tied
+    assert ("lm_head.weight is stored with values other" in caplog.text) != is_tied
+    expected = {name: weights[name] for name in weights if not (is_tied and "lm_head" in name)}
+    if stored == "only a head":
+        expected["model.embed_tokens.weight"] = weights["lm_head.weight"]
+    assert_same(assemble(checkpoint), expected)
+    assert_same(reference_weights(tmp_path), expected)
+
+
+def test_an_index_may_list_a_tied_head(tmp_path: Path):
+    """A head that no shard holds used to be refused."""
+    model = hf_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = data["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(data))
+    assert_same(assemble(open_checkpoint(tmp_path)), distinct_weights(model))
+
+
+@pytest.mark.parametrize("keys", [{"tie_word_embeddings": True}, {}])
+def test_names_of_the_base_model_are_completed(tmp_path: Path, keys: dict):
+    """What LlamaModel saves used to be refused."""
+    model = hf_model(**keys)
+    model.config.save_pretrained(tmp_path)
+    weights = {name.removeprefix("model."): w for name, w in distinct_weights(model).items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same(assemble(open_checkpoint(tmp_path)), distinct_weights(model))
+    weights["model.norm.weight"] = torch.ones(64)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor (model\.)?norm.weight is stored twice"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_adapters_config_beside_whole_weights_is_a_warning(
+    tmp_path: Path, writer: str, caplog: pytest.LogCaptureFixture
+):
+    """Merging leaves it there; it used to be refused."""
+    model = hf_model()
+    WRITERS[writer](model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert_same(assemble(open_checkpoint(tmp_path)), distinct_weights(model))
+    assert "adapter_config.json is ignored; the weights count as merged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (
+            -70000.0,
+            "float16",
+            "norm.weight holds 70000, past float16's range; use --dtype bfloat16",
+        ),
+        (
+            float("nan"),
+            "float16",
+            "norm.weight holds nan: its weights are damaged; copy them again",
+        ),
+        (float("nan"), "bfloat16", "norm.weight holds nan"),
+        (float("-inf"), "bfloat16", "norm.weight holds inf"),
+        (3.4e38, "bfloat16", r"norm.weight holds 3.4e\+38, past bfloat16's range"),
+    ],
+)
+def test_weights_that_no_value_of_the_dtype_holds(
+    folder: Path, value: float, dtype: str, message: str
+):
+    """Loading used to make them infinite, or to keep them as they were."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][5] = value
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=message):
+        load_model(open_checkpoint(folder), num_positions=4, dtype=getattr(torch, dtype))
+
+
 def test_end_ids_of_the_generation_config_are_added(folder: Path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert open_checkpoint(folder).config.eos_token_ids == (2, 7)

@@ -173,6 +173,10 @@ def test_meta_shards_are_merged(tmp_path: Path, num_shards: int, embedding_dim: 
     assert all(stored.file is None for stored in checkpoint.tensors.values())
     assert_same(checkpoint, weights)
     assert_same(open_checkpoint(folder / "consolidated.00.pth"), weights)
+    (tmp_path / "tokenizer.model").touch()  # one folder up, as Llama 1 and 2 were given out
+    assert open_checkpoint(folder).folder == tmp_path
+    (folder / "tokenizer.model").touch()
+    assert open_checkpoint(folder).folder == folder
 
 
 def test_meta_in_blocks_and_into_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,7 +224,13 @@ def test_without_output_the_head_is_tied(tmp_path: Path):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"dim": None}, r"params\.json: dim is None; it must be a positive integer"),
+        ({"dim": None}, r"params\.json: dim is None; it must be an integer from 1 to"),
+        ({"n_layers": 10**7}, r"params\.json: .*num_hidden_layers is 10000000; it must be an"),
+        ({"max_seq_len": 2**31}, "max_seq_len is 2147483648; it must be an integer from 1 to"),
+        ({"ffn_dim_multiplier": 10**400}, "ffn_dim_multiplier is an integer of more than 60"),
+        ({"norm_eps": True}, "norm_eps is True; it must be a number"),
+        ({"use_scaled_rope": "false"}, "use_scaled_rope is 'false'; it must be true or false"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1; it must be true or false"),
         ({"n_heads": 7}, "it must be a multiple of n_heads"),
         ({"multiple_of": 256}, "makes the MLP 256 wide, 1 shards of w1 make it 192"),
         ({"vocab_size": 97}, r"tok_embeddings\.weight .* has shape \[96, 64\]; .* \[97, 64\]"),

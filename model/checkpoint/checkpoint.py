@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,11 +13,13 @@ from typing import cast
 import torch
 from torch import nn
 
+from ...runtime.side_file import read_side_file
+from ...runtime.typed_json import shown
 from ..llama import Llama
-from .hf_format import open_hf_folder
+from .hf_format import has_hf_weights, open_hf_folder
 from .lit_format import open_lit_file
 from .meta_format import is_meta_folder, open_meta_folder
-from .stored import Checkpoint, StoredTensor
+from .stored import Checkpoint, StoredTensor, copy_finite
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +29,10 @@ __all__ = [
     "open_checkpoint",
     "weight_bytes",
 ]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 4096  # bytes of a path on Linux
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -43,7 +50,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         ValueError: A file is damaged or holds objects other than tensors, the config isn't a
             LLaMA's, or a tensor is missing, extra, misshaped or quantized.
     """
-    path = Path(source).expanduser()
+    if len(str(source)) >= _LONGEST_NAME:
+        raise FileNotFoundError(f"{shown(str(source))}: no such file or folder")
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _open_folder(path)
     if path.exists():
@@ -69,7 +78,8 @@ def load_weights(
         progress: Called with the stored bytes copied so far and in all.
 
     Raises:
-        ValueError: The model's parameters aren't the checkpoint's; the first that differs is named.
+        ValueError: The model's parameters aren't the checkpoint's, or a weight is NaN or past their
+            dtype's range; the first is named.
     """
     # The state dict's tensors share the parameters' memory, fused or tied ones included.
     targets = model.state_dict()
@@ -90,7 +100,7 @@ def load_weights(
         if name not in mapped
     )
     for name, place, part in checkpoint.read(n for n in checkpoint.tensors if n not in mapped):
-        targets[name][place].copy_(part)
+        copy_finite(name, part, targets[name][place])
         done_bytes += part.nbytes
         if progress is not None:
             progress(done_bytes, total_bytes)
@@ -120,7 +130,7 @@ def load_model(
         The model, in eval mode, nothing requiring a gradient.
 
     Raises:
-        ValueError: A file changed since the checkpoint was opened.
+        ValueError: A file changed since the checkpoint was opened, or see load_weights.
     """
     chosen: torch.dtype = dtype or getattr(torch, checkpoint.config.dtype)
     with torch.device("meta"):
@@ -156,7 +166,9 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder}: holds an adapter; merge it into its model first")
+        if not has_hf_weights(folder):
+            raise ValueError(f"{folder}: holds an adapter; merge it into its model first")
+        logger.warning("%s: adapter_config.json is ignored; the weights count as merged", folder)
     if not (any(folder.glob("*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))):
         if is_meta_folder(folder):
             return open_meta_folder(folder)
@@ -192,7 +204,7 @@ def _find_in_cache(name: str) -> Path:
         )
     reference = repo / "refs" / "main"
     if reference.exists():
-        commit = reference.read_text(encoding="utf-8").strip()
+        commit = read_side_file(reference).decode(errors="replace").strip()
         if not re.fullmatch(r"[0-9a-zA-Z]+", commit):
             raise ValueError(f"{reference}: not a commit")
         snapshots = [repo / "snapshots" / commit]
@@ -206,8 +218,8 @@ def _find_in_cache(name: str) -> Path:
 def _cache_folder() -> Path:
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if value := os.environ.get(variable):
-            return Path(value).expanduser()
+            return Path(os.path.expanduser(value))
     if value := os.environ.get("HF_HOME"):
-        return Path(value).expanduser() / "hub"
+        return Path(os.path.expanduser(value)) / "hub"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+    return Path(os.path.expanduser(base)) / "huggingface" / "hub"

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ...runtime.typed_json import read_json
+from ...runtime.typed_json import check_int, named, read_json, shown
 from ..config import DTYPES, LlamaConfig
-from .stored import Checkpoint, Piece, build_checkpoint
+from .build import build_checkpoint
+from .stored import Checkpoint, Piece
 from .tensor_files import TensorFile, open_safetensors, open_torch_file
 
 __all__ = ["open_hf_folder"]
 
+logger = logging.getLogger(__name__)
+
 _NAMES = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+_BASE_PARTS = ("embed_tokens", "layers", "norm")  # of names that a LlamaModel saves
+_LONGEST_NAME = 255  # of a file
 
 
 def open_hf_folder(folder: Path) -> Checkpoint:
     """Opens a folder that `save_pretrained` wrote.
 
-    Safetensors win over `.bin`. Where config.json names no dtype, the checkpoint's is the one it
-    is stored in. The end ids of generation_config.json, the ones chat models stop on, are added.
+    Safetensors win over `.bin`, one file over shards, and a later shard over an earlier one. Where
+    config.json names no dtype, the checkpoint's is the one it is stored in. The end ids of
+    generation_config.json, the ones chat models stop on, are added.
 
     Args:
         folder: Holds config.json and the weights.
@@ -33,13 +41,21 @@ def open_hf_folder(folder: Path) -> Checkpoint:
         ValueError: The config isn't a LLaMA's, an index leaves the folder, or a tensor is wrong.
     """
     config = LlamaConfig.from_json(folder / "config.json")
-    pieces = [
-        Piece(name=name, file=file, key=name)
-        for file in _open_files(folder)
-        for name in file.entries
-        if not name.endswith("rotary_emb.inv_freq")
-    ]
-    return build_checkpoint(_complete(config, folder, pieces), folder, pieces)
+    pieces: dict[str, Piece] = {}
+    for file in _open_files(folder):
+        for key in file.entries:
+            name = f"model.{key}" if key.split(".")[0] in _BASE_PARTS else key
+            if name in pieces and pieces[name].file is file:
+                raise ValueError(f"{file.path}: tensor {key} is stored twice")
+            if not key.endswith("rotary_emb.inv_freq"):
+                pieces[name] = Piece(name=name, file=file, key=key)
+    found = list(pieces.values())
+    return build_checkpoint(_complete(config, folder, found), folder, found)
+
+
+def has_hf_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a whole model."""
+    return any((folder / f"{n}{suffix}").exists() for n in _NAMES for suffix in ("", _INDEX))
 
 
 def _complete(config: LlamaConfig, folder: Path, pieces: list[Piece]) -> LlamaConfig:
@@ -49,44 +65,50 @@ def _complete(config: LlamaConfig, folder: Path, pieces: list[Piece]) -> LlamaCo
         stored = pieces[0].entry.dtype
         config = replace(config, dtype=stored if stored in DTYPES else config.dtype)
     path = folder / "generation_config.json"
-    if path.exists():
-        eos = read_json(path).get("eos_token_id")
-        ids = eos if isinstance(eos, list) else [eos]
-        new = tuple(i for i in ids if type(i) is int and i not in config.eos_token_ids)
-        config = replace(config, eos_token_ids=config.eos_token_ids + new)
-    return config
+    eos = read_json(path, optional=True).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token_id in ids:
+        check_int(f"{path}: eos_token_id", token_id, least=-1, most=2**31 - 1)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ids))))
 
 
 def _open_files(folder: Path) -> list[TensorFile]:
+    """In the order in which a tensor of the later supersedes one of the earlier."""
     for name in _NAMES:
         opener = open_safetensors if name.endswith(".safetensors") else open_torch_file
-        index = folder / f"{name}.index.json"
+        whole, index = folder / name, folder / f"{name}{_INDEX}"
+        if whole.exists():
+            if index.exists():
+                logger.warning("%s is read, not the shards that %s lists", whole, index.name)
+            return [opener(whole)]
         if index.exists():
             return _open_shards(index, opener)
-        if (folder / name).exists():
-            return [opener(folder / name)]
     raise FileNotFoundError(f"{folder}: no {' or '.join(_NAMES)}, nor an index of one")
 
 
 def _open_shards(index: Path, opener: Callable[[Path], TensorFile]) -> list[TensorFile]:
+    """As transformers does: the index names the files, and these what they hold."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map")
     for name, shard in weight_map.items():
         if not _is_plain(shard):
-            raise ValueError(f"{index}: {shard!r} for {name} is not a file name in the folder")
+            raise ValueError(
+                f"{index}: {shown(shard)} for {named([name])} is not a file name in the folder"
+            )
     files = {shard: opener(index.parent / shard) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        if name not in files[shard].entries:
-            raise ValueError(f"{index}: tensor {name} is not in {shard}")
-    for shard, file in files.items():
-        for name in file.entries:
-            if weight_map.get(name, shard) != shard:
-                raise ValueError(f"{index}: tensor {name} is in {shard} and {weight_map[name]}")
+    holders = {name: shard for shard, file in files.items() for name in file.entries}
+    moved = [name for name, shard in weight_map.items() if holders.get(name, shard) != shard]
+    if moved:
+        logger.warning(
+            "%s: tensors are read from other shards than it names: %s", index, named(moved)
+        )
     return list(files.values())
 
 
 def _is_plain(name: object) -> bool:
-    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or len(name) > _LONGEST_NAME:
+        return False
+    if not name.isprintable():
         return False
     return PurePosixPath(name).name == name and PureWindowsPath(name).name == name

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import LlamaConfig
-from .stored import Checkpoint, Piece, build_checkpoint, refuse_adapter
+from .build import build_checkpoint, config_of, refuse_adapter
+from .stored import Checkpoint, Piece, side_folder
 from .tensor_files import TensorFile, open_torch_file
 
 __all__ = ["open_lit_file"]
@@ -52,14 +53,7 @@ def open_lit_file(path: Path) -> Checkpoint:
         config = LlamaConfig.from_json(beside)
     else:
         config = _config(file)
-    return build_checkpoint(config, _folder(path), _pieces(config, file))
-
-
-def _folder(path: Path) -> Path:
-    for folder in (path.parent, path.parent.parent):
-        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            return folder
-    return path.parent
+    return build_checkpoint(config, side_folder(path.parent), _pieces(config, file))
 
 
 def _config(file: TensorFile) -> LlamaConfig:
@@ -76,7 +70,8 @@ def _config(file: TensorFile) -> LlamaConfig:
             "beside it to state num_attention_heads"
         )
     layers = {key.split(".")[2] for key in file.entries if key.startswith("transformer.h.")}
-    return LlamaConfig(
+    return config_of(
+        file.path,
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=mlp.shape[0],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...runtime.typed_json import read_json
+from ...runtime.typed_json import check_bool, check_int, check_number, read_json
 from ..config import LlamaConfig, RopeScaling
-from .stored import Checkpoint, Piece, build_checkpoint
+from .build import build_checkpoint, config_of
+from .stored import Checkpoint, Piece, side_folder
 from .tensor_files import TensorFile, open_torch_file
 
 __all__ = ["is_meta_folder", "open_meta_folder"]
@@ -43,7 +43,8 @@ def open_meta_folder(folder: Path) -> Checkpoint:
     """Opens a folder as Meta distributes it.
 
     Args:
-        folder: Holds params.json and consolidated.00.pth and on.
+        folder: Holds params.json and consolidated.00.pth and on. The tokenizer is looked for
+            beside them, then one folder up.
 
     Returns:
         The checkpoint; wq and wk are moved to HF's RoPE layout as they are read.
@@ -55,7 +56,7 @@ def open_meta_folder(folder: Path) -> Checkpoint:
     params = read_json(folder / "params.json")
     files = [open_torch_file(path) for path in _shards(folder)]
     config = _config(folder / "params.json", params, files)
-    return build_checkpoint(config, folder, _pieces(config, files))
+    return build_checkpoint(config, side_folder(folder), _pieces(config, files))
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -80,11 +81,13 @@ def _config(path: Path, params: dict[str, Any], files: list[TensorFile]) -> Llam
     if params.get("n_kv_heads") is not None:
         num_kv_heads = _size(path, params, "n_kv_heads")
     vocab_size = _split_size(files, "tok_embeddings.weight", 0 if _rows_split(files, dim) else None)
-    if params.get("vocab_size", -1) != -1:
+    if params.get("vocab_size") not in (None, -1):
         vocab_size = _size(path, params, "vocab_size")
     eps = _number(path, params, "norm_eps", 1e-5)
     theta = _number(path, params, "rope_theta", 10000.0)
-    is_scaled = bool(params.get("use_scaled_rope"))
+    is_scaled = params.get("use_scaled_rope") is not None and check_bool(
+        f"{path}: use_scaled_rope", params["use_scaled_rope"]
+    )
     is_llama3 = is_scaled or vocab_size >= 128_000
     eos: tuple[int, ...] = (2,)
     if is_llama3:
@@ -96,7 +99,8 @@ def _config(path: Path, params: dict[str, Any], files: list[TensorFile]) -> Llam
         context = 2048
     if params.get("max_seq_len") is not None:
         context = _size(path, params, "max_seq_len")
-    return LlamaConfig(
+    return config_of(
+        path,
         vocab_size=vocab_size,
         hidden_size=dim,
         intermediate_size=_intermediate_size(path, params, dim, files),
@@ -145,19 +149,12 @@ def _intermediate_size(
 
 
 def _size(path: Path, params: dict[str, Any], key: str) -> int:
-    value = params.get(key)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{path}: {key} is {value!r}; it must be a positive integer")
-    return value
+    return check_int(f"{path}: {key}", params.get(key), most=2**31 - 1)
 
 
 def _number(path: Path, params: dict[str, Any], key: str, default: float) -> float:
     value = params.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{path}: {key} is {value!r}; it must be a positive number")
-    return float(value)
+    return default if value is None else check_number(f"{path}: {key}", value, most=1e9)
 
 
 def _split_size(files: list[TensorFile], key: str, dim: int | None) -> int:

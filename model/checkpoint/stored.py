@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import DTYPES, LlamaConfig
+from ..config import LlamaConfig
+from ..llama import Llama
 from .tensor_files import Entry, TensorFile
 
 __all__ = [
     "Checkpoint",
     "Piece",
     "StoredTensor",
-    "build_checkpoint",
-    "refuse_adapter",
+    "copy_finite",
+    "side_folder",
     "weight_shapes",
 ]
 
@@ -81,6 +82,21 @@ class Piece:
         """First index filled in the HF tensor."""
         return self.target if self.target is not None else (0,) * len(self.shape)
 
+    def read(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Reads it in blocks: the slice of the HF tensor that each fills, and the block."""
+        first, last = self.rows or (0, self.shape[0])
+        head_dim = self.interleaved_head_dim
+        unit = head_dim or 1  # rows that stay together
+        row_bytes = math.prod(self.shape[1:]) * 4  # at most
+        step = max(unit, _BLOCK_BYTES // row_bytes // unit * unit)
+        for start in range(first, last, step):
+            part = self.file.rows(self.key, start, min(start + step, last))
+            if head_dim is not None:
+                part = _uninterleave(part, head_dim)
+            origin = (self.origin[0] + start - first, *self.origin[1:])
+            yield tuple(slice(a, a + n) for a, n in zip(origin, part.shape, strict=True)), part
+            del part  # unmapped before the next part is mapped
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -119,7 +135,9 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: no tensor {unknown[0]}")
         chosen = (piece for piece in self.pieces if piece.name in wanted)
         for piece in sorted(chosen, key=lambda piece: (piece.file.path, piece.entry.offset)):
-            yield from _read_piece(piece)
+            for place, part in piece.read():
+                yield piece.name, place, part
+                del part
 
     def map(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """Maps a tensor whose bytes in the file serve as they are.
@@ -143,7 +161,7 @@ class Checkpoint:
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the distinct parameters of a LLaMA, in HF's order.
+    """Names and shapes of the distinct parameters of a LLaMA, in the module tree's order.
 
     Args:
         config: The model's facts.
@@ -151,142 +169,61 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     Returns:
         HF name to shape, without `lm_head.weight` when it is tied.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    q_size = config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    attention = {"q": (q_size, width), "k": (kv_size, width), "v": (kv_size, width)}
-    attention["o"] = (width, q_size)
-    mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
-
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
-    for i in range(config.num_hidden_layers):
-        for block, projections, has_bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
-            for name, shape in projections.items():
-                shapes[f"model.layers.{i}.{block}.{name}_proj.weight"] = shape
-                if has_bias:
-                    shapes[f"model.layers.{i}.{block}.{name}_proj.bias"] = shape[:1]
-        shapes[f"model.layers.{i}.input_layernorm.weight"] = (width,)
-        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (width,)
-    shapes["model.norm.weight"] = (width,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
+    with torch.device("meta"):
+        model = Llama(replace(config, num_hidden_layers=1), num_positions=1)
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del found["lm_head.weight"]
+    first = "model.layers.0."
+    layer = {
+        name.removeprefix(first): found[name] for name in list(found) if name.startswith(first)
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in found.items():
+        if not name.startswith(first):
+            shapes[name] = shape
+        elif name not in shapes:  # all layers follow the first one's first name
+            for i in range(config.num_hidden_layers):
+                shapes |= {f"model.layers.{i}.{key}": size for key, size in layer.items()}
     return shapes
 
 
-def build_checkpoint(config: LlamaConfig, folder: Path, pieces: Iterable[Piece]) -> Checkpoint:
-    """Checks that the pieces are exactly the model's parameters.
+def copy_finite(name: str, part: Tensor, target: Tensor) -> None:
+    """Copies a part of a weight into place, as every conversion does.
 
     Args:
-        config: The model's facts.
-        folder: Where the tokenizer's and config files are.
-        pieces: All that the files hold; `lm_head.weight` is dropped when it is tied.
-
-    Returns:
-        The checkpoint.
+        name: HF's name, for the message.
+        part: As stored.
+        target: Of the same shape, in any dtype.
 
     Raises:
-        ValueError: A tensor is missing, extra, misshaped or of an unsupported dtype; it is named.
+        ValueError: A value is not a number, infinite, or past the range of the target's dtype.
     """
-    by_name: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        if not (config.tie_word_embeddings and piece.name == "lm_head.weight"):
-            by_name.setdefault(piece.name, []).append(piece)
-    shapes = weight_shapes(config)
-    for found in by_name.values():
-        _check_kind(found)
-    if extra := sorted(by_name.keys() - shapes.keys()):
-        first = by_name[extra[0]][0]
+    target.copy_(part)
+    if all(math.isfinite(bound.item()) for bound in target.aminmax()):
+        return
+    largest = part.float().abs().max().item()
+    if math.isfinite(largest):
+        dtype = str(target.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{first.file.path}: tensor {first.key} is not part of this model{_more(extra)}"
+            f"{name} holds {largest:g}, past {dtype}'s range; use --dtype bfloat16 or float32"
         )
-    if missing := [name for name in shapes if name not in by_name]:
-        raise ValueError(f"{folder}: tensor {missing[0]} is missing{_more(missing)}")
-    for name, shape in shapes.items():
-        _check_shape(name, shape, by_name[name])
-    tensors = {name: _stored(shape, by_name[name]) for name, shape in shapes.items()}
-    kept = tuple(piece for name in shapes for piece in by_name[name])
-    return Checkpoint(config=config, folder=folder, tensors=tensors, pieces=kept)
+    raise ValueError(f"{name} holds {largest:g}: its weights are damaged; copy them again")
 
 
-def refuse_adapter(path: Path, key: str) -> None:
-    """Raises ValueError if a stored name is that of an adapter's weight.
+def side_folder(folder: Path) -> Path:
+    """Finds a tokenizer where trainers and Meta's downloads leave it.
 
     Args:
-        path: The file, for the message.
-        key: The file's name for the tensor.
+        folder: Holds the weights.
+
+    Returns:
+        The folder, or the one above if only that holds a tokenizer.
     """
-    if any(word in key for word in ("lora_", "adapter_", "gating_factor")):
-        raise ValueError(f"{path}: holds adapter weights ({key}); merge them into the model first")
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _check_kind(pieces: list[Piece]) -> None:
-    for piece in pieces:
-        refuse_adapter(piece.file.path, piece.key)
-        if piece.entry.dtype not in DTYPES:
-            raise ValueError(
-                f"{piece.file.path}: tensor {piece.key} is stored as {piece.entry.dtype}; "
-                f"only {', '.join(DTYPES)} are supported, not quantized weights"
-            )
-        if piece.entry.dtype != pieces[0].entry.dtype:
-            raise ValueError(
-                f"{piece.file.path}: tensor {piece.key} is stored as {piece.entry.dtype}, "
-                f"in {pieces[0].file.path.name} as {pieces[0].entry.dtype}"
-            )
-
-
-def _check_shape(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
-    """The pieces' bounding box is the tensor, and their sizes add up to it."""
-    fits = all(len(piece.shape) == len(shape) for piece in pieces)
-    if fits:
-        ends = [
-            tuple(a + n for a, n in zip(piece.origin, piece.shape, strict=True)) for piece in pieces
-        ]
-        found = tuple(map(max, zip(*ends, strict=True)))
-        fits = found == shape and sum(math.prod(p.shape) for p in pieces) == math.prod(shape)
-    else:
-        found = pieces[0].shape
-    if not fits:
-        key = pieces[0].key if pieces[0].key == name else f"{pieces[0].key} ({name})"
-        raise ValueError(
-            f"{pieces[0].file.path}: tensor {key} has shape {list(found)}; "
-            f"the config makes it {list(shape)}"
-        )
-
-
-def _stored(shape: tuple[int, ...], pieces: list[Piece]) -> StoredTensor:
-    piece = pieces[0]
-    dtype, offset = piece.entry.dtype, piece.entry.offset
-    if (
-        piece.file.kind != "safetensors"
-        or piece.shape != shape
-        or piece.rows
-        or piece.interleaved_head_dim
-    ):
-        return StoredTensor(shape=shape, dtype=dtype, file=None, offset=None)
-    return StoredTensor(shape=shape, dtype=dtype, file=piece.file.path, offset=offset)
-
-
-def _read_piece(piece: Piece) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
-    first, last = piece.rows or (0, piece.shape[0])
-    head_dim = piece.interleaved_head_dim
-    unit = head_dim or 1  # rows that stay together
-    row_bytes = math.prod(piece.shape[1:]) * 4  # at most
-    step = max(unit, _BLOCK_BYTES // row_bytes // unit * unit)
-    for start in range(first, last, step):
-        part = piece.file.rows(piece.key, start, min(start + step, last))
-        if head_dim is not None:
-            part = _uninterleave(part, head_dim)
-        origin = (piece.origin[0] + start - first, *piece.origin[1:])
-        place = tuple(slice(a, a + n) for a, n in zip(origin, part.shape, strict=True))
-        yield piece.name, place, part
-        del part  # unmapped before the next part is mapped
+    for place in (folder, folder.parent):
+        if any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            return place
+    return folder
 
 
 def _uninterleave(weight: Tensor, head_dim: int) -> Tensor:

@@ -7,27 +7,37 @@ import math
 import mmap
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...runtime.side_file import check_file, named_errors
+from ...runtime.typed_json import shown
+
 __all__ = ["Entry", "TensorFile", "open_safetensors", "open_torch_file"]
 
-_MAX_HEADER_BYTES = 100_000_000
+# Many times what a LLaMA of 1024 layers needs; beyond, reading the table would take minutes.
+_MAX_TABLE_BYTES = 16 << 20
+_MAX_TENSORS = 50_000
+_LONGEST_NAME = 200
 
 # Safetensors' names; those this package computes with are renamed, the rest only measured.
 _RENAMED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 _ITEM_BYTES |= {"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _ITEM_BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
+
+_ZIP_LENGTHS_AT = 26  # where a record's header has the lengths of its name and extra field
+_HAS_DESCRIPTOR = 8  # the flag
 
 # What torch.load raises for bytes that are not a checkpoint, besides UnpicklingError.
 _LOAD_ERRORS = (
@@ -125,14 +135,16 @@ def open_safetensors(path: Path) -> TensorFile:
 
     Source: the format section of safetensors' README.
     """
-    _check_is_file(path)
+    check_file(path)
     num_bytes = path.stat().st_size
-    with path.open("rb") as stream:
+    with named_errors(path), path.open("rb") as stream:
         prefix = stream.read(8)
         header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or header_bytes > min(num_bytes - 8, _MAX_HEADER_BYTES):
+        if len(prefix) < 8 or header_bytes > num_bytes - 8:
             raise ValueError(f"{path}: truncated, or not a safetensors file")
-        raw = stream.read(header_bytes)
+        raw = stream.read(min(header_bytes, _MAX_TABLE_BYTES + 1))
+    if len(raw) > _MAX_TABLE_BYTES or raw.count(b'"data_offsets"') > _MAX_TENSORS:
+        raise ValueError(f"{path}: its header describes more than a LLaMA's tensors")
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError):
@@ -180,7 +192,7 @@ def open_torch_file(path: Path) -> TensorFile:
     Source: torch's notes on serialization: under FakeTensorMode, torch.load leaves the offset of
         each storage instead of reading it.
     """
-    _check_is_file(path)
+    check_file(path)
     _check_zip(path)
     with FakeTensorMode():
         tensors = _named_tensors(path, _load_torch(path))
@@ -198,13 +210,6 @@ def open_torch_file(path: Path) -> TensorFile:
     return TensorFile(path=path, entries=entries, kind="torch")
 
 
-def _check_is_file(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file")
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
@@ -220,35 +225,70 @@ def _read_entry(path: Path, name: str, item: Any, data_start: int) -> tuple[int,
 
     match item:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
-            all(map(is_size, (*shape, begin, end))) and begin <= end and name.isprintable()
+            all(map(is_size, (*shape, begin, end)))
+            and begin <= end
+            and _is_name(name)
+            and re.fullmatch(r"\w{1,20}", dtype)
         ):
             item_bytes = _ITEM_BYTES.get(dtype)
             if item_bytes is None or math.prod(shape) * item_bytes == end - begin:
                 dtype = _RENAMED.get(dtype, dtype)
                 entry = Entry(shape=tuple(shape), dtype=dtype, offset=data_start + begin)
                 return begin, end, entry
-    raise ValueError(f"{path}: the header's entry for {name!r} is damaged")
+    raise ValueError(f"{path}: the header's entry for {shown(name)} is damaged")
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and len(name) <= _LONGEST_NAME
 
 
 def _check_zip(path: Path) -> None:
-    """The tensors' bytes must stand in the file as they are: not compressed, not big-endian."""
-    with path.open("rb") as stream:
+    """The tensors' bytes must stand in the file as they are, where its directory says."""
+    with named_errors(path), path.open("rb") as stream:
         if stream.read(1) == b"\x80":
             raise ValueError(
                 f"{path}: a bare pickle; save it again with torch.save of torch >= 1.6"
             )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            items = archive.infolist()
-            is_stored = all(item.compress_type == zipfile.ZIP_STORED for item in items)
-            orders = [item for item in items if item.filename.endswith("/byteorder")]
-            is_little = not is_stored or all(archive.read(item) == b"little" for item in orders)
-    except (zipfile.BadZipFile, OSError, *_LOAD_ERRORS):  # OSError: a seek to nowhere
-        raise ValueError(f"{path}: truncated, or not a torch checkpoint") from None
-    if not is_stored:
-        raise ValueError(f"{path}: compressed; save it again with torch.save")
-    if not is_little:
-        raise ValueError(f"{path}: not little-endian; save it again on such a machine")
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                problem = _zip_problem(archive, stream)
+        except (zipfile.BadZipFile, OSError, *_LOAD_ERRORS):  # OSError: a seek to nowhere
+            problem = "truncated, damaged, or not a torch checkpoint; copy it again"
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}")
+
+
+def _zip_problem(archive: zipfile.ZipFile, stream: BinaryIO) -> str | None:
+    """Checks all but the weights: nothing but the small records is read."""
+    items = sorted(archive.infolist(), key=lambda item: item.header_offset)
+    if len(items) > _MAX_TENSORS or len({item.filename for item in items}) < len(items):
+        return "holds more than a LLaMA's tensors, or a record twice"
+    if any(item.compress_type != zipfile.ZIP_STORED for item in items):
+        return "compressed; save it again with torch.save"
+    ends = [*(item.header_offset for item in items[1:]), archive.start_dir]
+    for item, end in zip(items, ends, strict=True):
+        archive.open(item).close()  # compares the name in front of the record
+        if not _fills(item, end, stream):
+            return "damaged, a record is not where its directory says; copy it again"
+    for item in items:
+        if item.filename.endswith(".pkl") and item.file_size > _MAX_TABLE_BYTES:
+            return "holds more than a LLaMA's tensors"
+        if item.filename.endswith(".pkl"):
+            archive.read(item)  # compares its CRC-32
+        if item.filename.endswith("/byteorder") and archive.read(item) != b"little":
+            return "not little-endian; save it again on such a machine"
+    return None
+
+
+def _fills(item: zipfile.ZipInfo, end: int, stream: BinaryIO) -> bool:
+    """Whether a record, and the descriptor that may follow it, ends where the next begins."""
+    stream.seek(item.header_offset + _ZIP_LENGTHS_AT)
+    begin = item.header_offset + _ZIP_LENGTHS_AT + 4 + sum(struct.unpack("<HH", stream.read(4)))
+    stream.seek(begin + item.compress_size)
+    gap = end - stream.tell()
+    if not item.flag_bits & _HAS_DESCRIPTOR:
+        return gap == 0
+    return gap in (16, 24) and stream.read(8) == b"PK\7\10" + struct.pack("<I", item.CRC)
 
 
 def _load_torch(path: Path) -> Any:
@@ -260,7 +300,9 @@ def _load_torch(path: Path) -> Any:
             f"{path}: damaged, or holds objects other than tensors; refusing to run them"
         ) from None
     except _LOAD_ERRORS:
-        raise ValueError(f"{path}: truncated, or not a torch checkpoint") from None
+        raise ValueError(
+            f"{path}: truncated, damaged, or not a torch checkpoint; copy it again"
+        ) from None
 
 
 def _named_tensors(path: Path, data: Any) -> dict[str, Tensor]:
@@ -270,10 +312,10 @@ def _named_tensors(path: Path, data: Any) -> dict[str, Tensor]:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, not named tensors")
     for name, value in data.items():
-        if not isinstance(name, str) or not name.isprintable():
-            raise ValueError(f"{path}: the name {name!r} is not that of a tensor")
+        if not _is_name(name):
+            raise ValueError(f"{path}: the name {shown(name)} is not that of a tensor")
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{path}: {shown(name)} is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise ValueError(f"{path}: tensor {name} is sparse, quantized or without data")
     return {name: value.detach() for name, value in data.items()}
