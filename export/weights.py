@@ -190,7 +190,11 @@ def _convert_weights(
             offset=stored.offset,
             shape=(math.prod(stored.shape) * dtype.itemsize,),
         )
-        copy_finite(name, part, torch.from_numpy(raw).view(dtype).view(stored.shape)[place])
+        copy_finite(
+            f"{checkpoint.folder}: {name}",
+            part,
+            torch.from_numpy(raw).view(dtype).view(stored.shape)[place],
+        )
         del raw
 
 

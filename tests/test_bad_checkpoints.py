@@ -197,6 +197,17 @@ def test_end_ids_that_are_no_tokens_are_refused(folder: Path, value: object):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "F31"])
+def test_a_dtype_that_safetensors_does_not_know_is_refused(folder: Path, dtype: str):
+    """torch's own names were taken at their word, whatever the number of bytes."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    header = raw[8 : (end := 8 + int.from_bytes(raw[:8], "little"))]
+    header = header.replace(b'"F32"', f'"{dtype}"'.encode(), 1)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    refused(ValueError, folder, f"is stored as '{dtype}'; only float32, float16, bfloat16 are")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
 def test_quantized_weights_are_refused_by_name(folder: Path, dtype: torch.dtype):
     weights = load_file(folder / "model.safetensors")
@@ -333,6 +344,17 @@ def test_a_record_that_the_directory_misplaces_is_refused(folder: Path):
     length = int.from_bytes(raw[extra_at : extra_at + 2], "little") + 16
     path.write_bytes(raw[:extra_at] + length.to_bytes(2, "little") + raw[extra_at + 2 :])
     refused(ValueError, folder, "pytorch_model.bin: damaged, a record is not where")
+
+
+def test_an_archive_written_by_another_program_is_refused(folder: Path):
+    """torch computes where its own writer puts a tensor; other weights used to be read there."""
+    path = save_bin(folder)
+    with zipfile.ZipFile(path) as archive:
+        records = {item.filename: archive.read(item) for item in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    refused(ValueError, folder, "is not where torch would have put it; save it again")
 
 
 def test_a_changed_pickle_is_refused(folder: Path):

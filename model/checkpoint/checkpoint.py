@@ -100,7 +100,7 @@ def load_weights(
         if name not in mapped
     )
     for name, place, part in checkpoint.read(n for n in checkpoint.tensors if n not in mapped):
-        copy_finite(name, part, targets[name][place])
+        copy_finite(f"{checkpoint.folder}: {name}", part, targets[name][place])
         done_bytes += part.nbytes
         if progress is not None:
             progress(done_bytes, total_bytes)

@@ -193,7 +193,7 @@ def open_torch_file(path: Path) -> TensorFile:
         each storage instead of reading it.
     """
     check_file(path)
-    _check_zip(path)
+    records = _check_zip(path)
     with FakeTensorMode():
         tensors = _named_tensors(path, _load_torch(path))
     num_bytes = path.stat().st_size
@@ -202,6 +202,12 @@ def open_torch_file(path: Path) -> TensorFile:
         base = tensor.untyped_storage()._checkpoint_offset
         if base is None or not tensor.is_contiguous():
             raise ValueError(f"{path}: tensor {name} is not plain bytes; save it contiguous")
+        # torch computes the offsets from how it writes; another program's archive has others.
+        if records.get(base) != tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: tensor {name} is not where torch would have put it; "
+                "save it again with torch.save"
+            )
         offset = int(base) + int(tensor.storage_offset()) * tensor.itemsize
         if offset + tensor.nbytes > num_bytes:
             raise ValueError(f"{path}: truncated, tensor {name} ends past the file")
@@ -232,7 +238,8 @@ def _read_entry(path: Path, name: str, item: Any, data_start: int) -> tuple[int,
         ):
             item_bytes = _ITEM_BYTES.get(dtype)
             if item_bytes is None or math.prod(shape) * item_bytes == end - begin:
-                dtype = _RENAMED.get(dtype, dtype)
+                # A dtype of the future, of unknown size, must not pass for one of ours.
+                dtype = repr(dtype) if item_bytes is None else _RENAMED.get(dtype, dtype)
                 entry = Entry(shape=tuple(shape), dtype=dtype, offset=data_start + begin)
                 return begin, end, entry
     raise ValueError(f"{path}: the header's entry for {shown(name)} is damaged")
@@ -242,8 +249,11 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and name.isprintable() and len(name) <= _LONGEST_NAME
 
 
-def _check_zip(path: Path) -> None:
-    """The tensors' bytes must stand in the file as they are, where its directory says."""
+def _check_zip(path: Path) -> dict[int, int]:
+    """The tensors' bytes must stand in the file as they are, where its directory says.
+
+    Returns where each record begins, and its number of bytes.
+    """
     with named_errors(path), path.open("rb") as stream:
         if stream.read(1) == b"\x80":
             raise ValueError(
@@ -252,10 +262,13 @@ def _check_zip(path: Path) -> None:
         try:
             with zipfile.ZipFile(stream) as archive:
                 problem = _zip_problem(archive, stream)
+                items = archive.infolist()
+                records = {_begin(item, stream): item.file_size for item in items}
         except (zipfile.BadZipFile, OSError, *_LOAD_ERRORS):  # OSError: a seek to nowhere
             problem = "truncated, damaged, or not a torch checkpoint; copy it again"
     if problem is not None:
         raise ValueError(f"{path}: {problem}")
+    return records
 
 
 def _zip_problem(archive: zipfile.ZipFile, stream: BinaryIO) -> str | None:
@@ -280,11 +293,16 @@ def _zip_problem(archive: zipfile.ZipFile, stream: BinaryIO) -> str | None:
     return None
 
 
+def _begin(item: zipfile.ZipInfo, stream: BinaryIO) -> int:
+    """Where a record's bytes begin: behind its header, name and extra field."""
+    stream.seek(item.header_offset + _ZIP_LENGTHS_AT)
+    lengths = struct.unpack("<HH", stream.read(4))
+    return item.header_offset + _ZIP_LENGTHS_AT + 4 + sum(lengths)
+
+
 def _fills(item: zipfile.ZipInfo, end: int, stream: BinaryIO) -> bool:
     """Whether a record, and the descriptor that may follow it, ends where the next begins."""
-    stream.seek(item.header_offset + _ZIP_LENGTHS_AT)
-    begin = item.header_offset + _ZIP_LENGTHS_AT + 4 + sum(struct.unpack("<HH", stream.read(4)))
-    stream.seek(begin + item.compress_size)
+    stream.seek(_begin(item, stream) + item.compress_size)
     gap = end - stream.tell()
     if not item.flag_bits & _HAS_DESCRIPTOR:
         return gap == 0
