@@ -52,7 +52,9 @@ def read_side_file(path: Path, *, max_bytes: int = _MAX_BYTES) -> bytes:
     with named_errors(path), path.open("rb") as stream:
         raw = stream.read(max_bytes + 1) if path.stat().st_size <= max_bytes else None
     if raw is None or len(raw) > max_bytes:
-        raise ValueError(f"{path}: more than {max_bytes >> 20} MiB; it is no such file")
+        raise ValueError(
+            f"{path}: larger than {max_bytes >> 20} MiB, the most that is read; copy it again"
+        )
     return raw
 
 

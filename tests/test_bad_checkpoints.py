@@ -366,6 +366,15 @@ def test_a_changed_pickle_is_refused(folder: Path):
     refused(ValueError, folder, "pytorch_model.bin: .*damaged")
 
 
+def test_a_changed_small_weight_is_refused(folder: Path):
+    """A byte of a norm used to give other text; what is cheap to check is checked."""
+    path = save_bin(folder)
+    raw = path.read_bytes()
+    at = raw.index(torch.ones(16).numpy().tobytes())
+    path.write_bytes(raw[: at + 3] + b"\x66" + raw[at + 4 :])
+    refused(ValueError, folder, "pytorch_model.bin: .*damaged")
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_damaged_bin_is_refused_in_one_line(tmp_path_factory, data: st.DataObject):

@@ -70,7 +70,7 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path: Path):
     path = tmp_path / "config.json"
     path.touch()
     os.truncate(path, 8 << 30)
-    refused(path, ": more than 64 MiB")
+    refused(path, ": larger than 64 MiB, the most that is read")
 
 
 def test_what_is_not_a_file_is_named(tmp_path: Path):

@@ -29,6 +29,7 @@ __all__ = ["Entry", "TensorFile", "open_safetensors", "open_torch_file"]
 _MAX_TABLE_BYTES = 16 << 20
 _MAX_TENSORS = 50_000
 _LONGEST_NAME = 200
+_SMALL_BYTES = 64 << 10  # of a norm or a bias: all of them are read in no time
 
 # Safetensors' names; those this package computes with are renamed, the rest only measured.
 _RENAMED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -272,7 +273,7 @@ def _check_zip(path: Path) -> dict[int, int]:
 
 
 def _zip_problem(archive: zipfile.ZipFile, stream: BinaryIO) -> str | None:
-    """Checks all but the weights: nothing but the small records is read."""
+    """Checks where every record lies, and of the pickle and of small records what they hold."""
     items = sorted(archive.infolist(), key=lambda item: item.header_offset)
     if len(items) > _MAX_TENSORS or len({item.filename for item in items}) < len(items):
         return "holds more than a LLaMA's tensors, or a record twice"
@@ -284,12 +285,13 @@ def _zip_problem(archive: zipfile.ZipFile, stream: BinaryIO) -> str | None:
         if not _fills(item, end, stream):
             return "damaged, a record is not where its directory says; copy it again"
     for item in items:
-        if item.filename.endswith(".pkl") and item.file_size > _MAX_TABLE_BYTES:
+        is_pickle = item.filename.endswith(".pkl")
+        if is_pickle and item.file_size > _MAX_TABLE_BYTES:
             return "holds more than a LLaMA's tensors"
-        if item.filename.endswith(".pkl"):
-            archive.read(item)  # compares its CRC-32
-        if item.filename.endswith("/byteorder") and archive.read(item) != b"little":
-            return "not little-endian; save it again on such a machine"
+        if is_pickle or item.file_size <= _SMALL_BYTES:
+            raw = archive.read(item)  # compares its CRC-32
+            if item.filename.endswith("/byteorder") and raw != b"little":
+                return "not little-endian; save it again on such a machine"
     return None
 
 
