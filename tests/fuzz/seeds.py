@@ -93,6 +93,7 @@ def make_seeds(root: Path) -> None:
     ranks = len(rank_lines().splitlines()) + 256
     for name, size, shards in (("meta1", ranks, 1), ("meta2", 2048, 2)):
         params = {**PARAMS, "vocab_size": size, "max_seq_len": 64, "rope_theta": 10000.0}
+        params["use_scaled_rope"] = shards == 2
         write_meta(root / name, _weights(replace(base, vocab_size=size)), shards, params=params)
     (root / "meta1" / "tokenizer.model").write_bytes(rank_lines())
     shutil.copy(DEMO_FOLDER / "tokenizer.model", root / "meta2")
