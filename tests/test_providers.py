@@ -112,6 +112,14 @@ def test_a_graph_that_is_none_is_refused(tmp_path: Path):
         open_session(path, SessionOptions(provider="cpu"))
 
 
+def test_a_graph_with_names_that_are_not_text_is_refused(tmp_path: Path):
+    """ONNX Runtime quotes the name in its error, which could not be made: no file was named."""
+    path = save_graph(tmp_path / "graph.onnx", "MatMul")
+    path.write_bytes(path.read_bytes().replace(b"MatMul", b"Mat\xfful"))
+    with pytest.raises(BackendUnavailableError, match=r"cannot run graph\.onnx: "):
+        open_session(path, SessionOptions(provider="cpu"))
+
+
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_node_that_another_provider_took_is_refused(tmp_path: Path, provider: str):
     """Checked on what ONNX Runtime reports of a session whose nodes did go to the CPU."""

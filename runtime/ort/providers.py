@@ -203,6 +203,7 @@ def named_errors(what: str) -> Iterator[None]:
         yield
     except (
         RuntimeError,
+        UnicodeDecodeError,  # of an error that quotes a damaged name
         state.EPFail,
         state.Fail,
         state.InvalidArgument,
