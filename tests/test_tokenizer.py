@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -82,12 +83,15 @@ def byte_level_library():
 def byte_fallback_library(model_file):
     """The SentencePiece vocabulary as transformers writes it into a tokenizer.json."""
     import transformers
-    from tokenizers import normalizers
+    from tokenizers import normalizers, processors
 
     library = transformers.LlamaTokenizer.from_pretrained(model_file.parent).backend_tokenizer
     library.pre_tokenizer = None  # Llama 2's own file
     library.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
     )
     return library
 
@@ -296,20 +300,42 @@ def test_ids_outside_the_tokenizer_are_dropped_with_a_warning(copied, caplog):
     assert "99999" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
-def test_add_bos_token_false_is_respected(copied, name):
-    config = {"bos_token": "<s>" if name == "sentencepiece" else SPECIALS[0]}
-    folder = copied(name, tokenizer_config={**config, "add_bos_token": False})
-    tokenizer = load_tokenizer(folder)
+def test_add_bos_token_false_is_respected(copied):
+    config = {"bos_token": "<s>", "add_bos_token": False}
+    tokenizer = load_tokenizer(copied("sentencepiece", tokenizer_config=config))
     assert tokenizer.bos_id is not None
     assert tokenizer.encode("a") == tokenizer.encode("a", bos=False)
 
 
+@pytest.mark.parametrize("config", [{"add_bos_token": False}, {"bos_token": None}, {}])
+def test_a_post_processor_decides_on_bos_whatever_the_config_says(copied, config):
+    """`add_bos_token: false` won, null took the BOS away, and none was put where none is named."""
+    import transformers
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    folder = copied("byte_level", tokenizer_config=config)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("hello") == reference.encode("hello")
+    assert tokenizer.encode("hello")[0] == tokenizer.bos_id == 0
+
+
 def test_no_bos_where_the_files_say_null(copied):
     config = {"bos_token": None, "eos_token": SPECIALS[1]}
-    tokenizer = load_tokenizer(copied("byte_level", tokenizer_config=config))
-    assert tokenizer.bos_id is None
-    assert tokenizer.encode("") == []
+    folder = copied("byte_level", tokenizer_config=config, config={"bos_token_id": 0})
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+    assert load_tokenizer(folder).bos_id is None
+    assert load_tokenizer(folder).encode("") == []
+
+
+def test_empty_texts_are_no_names(copied):
+    """The first public conversions name "" and wrong ids; BOS became `<unk>`."""
+    config = {"bos_token": "", "eos_token": "", "tokenizer_class": "LlamaTokenizer"}
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    tokenizer = load_tokenizer(copied("byte_fallback", tokenizer_config=config, config=ids))
+    assert tokenizer.bos_id == 1
+    assert set(tokenizer.eos_ids) == {1, 2}
 
 
 @pytest.mark.parametrize(("kind", "adds"), [("GPT2Tokenizer", False), ("LlamaTokenizer", True)])
@@ -351,7 +377,8 @@ def test_tokens_added_behind_a_sentencepiece_model(copied, loaded, where):
     assert [i for i in ids if i >= size] == [size + 2, size]
     assert tokenizer.decode(ids) == "he<call> lo"
     assert tokenizer.decode([size + 1]) == ""
-    assert max(tokenizer.encode("he<call>lo[PAD]")) < size
+    # A prompt holds the plain one, and can't hold the special one.
+    assert [i for i in tokenizer.encode("he<call>lo[PAD]") if i >= size] == [size + 2]
 
 
 @pytest.mark.parametrize("added", [{"[PAD]": -1}, {"[PAD]": "x"}, {"": 400}])
@@ -442,9 +469,9 @@ def test_a_rank_file_cut_between_lines_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not JSON"),
-        ('{"model": {', "is not JSON"),
-        ("[]", "must be a JSON object"),
+        ("", "is not a tokenizer"),
+        ('{"model": {', "is not a tokenizer"),
+        ("[]", "is not a tokenizer"),
         ("{}", "is not a tokenizer"),
         ('{"model": {"type": "none"}}', "is not a tokenizer"),
     ],
@@ -478,6 +505,132 @@ def test_ids_that_do_not_exist_are_refused(loaded, name):
             tokenizer.decode([i])
         with pytest.raises(ValueError, match="token id is"):
             StreamDecoder(tokenizer, []).push(i)
+
+
+# damage that was taken, or ended in a traceback
+
+
+def small_ranks(folder, vocab_size, **files):
+    (folder / "tokenizer.model").write_bytes(rank_lines())
+    for name, value in {"config": {"vocab_size": vocab_size}, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", ["config", "params"])
+@pytest.mark.parametrize("lines", [256, 260, 268])
+def test_ranks_cut_after_any_line_are_refused(tmp_path, name, lines):
+    """The special ids move with the number of ranks: another text, exit code 0."""
+    small_ranks(tmp_path, -1, **{name: {"vocab_size": 525}})
+    assert load_tokenizer(tmp_path).vocab_size == 525
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(rank_lines().splitlines(True)[:lines]))
+    with pytest.raises(ValueError, match=f"tokenizer.model has {lines} ranks.*cut short"):
+        load_tokenizer(tmp_path)
+
+
+def test_ranks_with_tokens_added_behind_them(tmp_path):
+    """The model has rows for what a fine-tune added, and a cut file is found all the same."""
+    added = {"525": {"content": "<|x|>", "special": True}, "526": {"content": "word"}}
+    names = {"269": {"content": "<|begin_of_text|>", "special": True}}
+    small_ranks(tmp_path, 528, tokenizer_config={"added_tokens_decoder": added | names})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("he<|x|>word", bos=False, special=True) == [257, 525, 526]
+    assert 525 not in tokenizer.encode("he<|x|>word")
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(rank_lines().splitlines(True)[:-1]))
+    with pytest.raises(ValueError, match="has another id; it is cut short"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_changed_byte_of_a_sentencepiece_model_names_the_file(folders, tmp_path, seed):
+    """A piece that was no UTF-8 ended in a codec's message without a file."""
+    data = bytearray((folders["sentencepiece"] / "tokenizer.model").read_bytes())
+    rng, messages = random.Random(seed), []
+    for _ in range(60):
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] = rng.choice((0x80, 0xB0, 0xFF, rng.randrange(256)))
+        (tmp_path / "tokenizer.model").write_bytes(changed)
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+            tokenizer.decode(tokenizer.encode("hello <s> 漢", special=True))
+        except ValueError as error:
+            messages.append(str(error))
+    assert [m for m in messages if not re.search(r"tokenizer\.model.*copy it again", m)] == []
+    assert messages
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda spec: spec["model"].update(continuing_subword_prefix="😀"), "hello"),
+        (
+            lambda spec: spec.update(
+                pre_tokenizer={
+                    "type": "Split",
+                    "pattern": {"Regex": "(a+)+$"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            ),
+            "a" * 30 + "!",
+        ),
+    ],
+)
+def test_a_panic_names_the_file(copied, capfd, change, text):
+    """A panic of tokenizers is no Exception: nothing caught it."""
+    folder = copied("byte_level")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"tokenizer\.json .*copy the file again"):
+        load_tokenizer(folder).encode(text)
+
+
+@pytest.mark.parametrize("where", ["normalizer", "decoder"])
+def test_replacements_that_fill_the_memory_are_refused(copied, where):
+    """Six of them made 10**12 characters of one; the process was aborted."""
+    folder = copied("byte_fallback")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    key = f"{where}s"
+    spec[where] = {"type": "Sequence", key: [{"type": "Sequence", key: [step] * 3}, step]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"replaces one character by up to 1e\+08, at most 64"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
+    with (tmp_path / name).open("wb") as stream:
+        stream.truncate(2**33)
+    with pytest.raises(ValueError, match=f"{name} has more than"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff"])
+def test_half_a_character_is_refused(loaded, name, text):
+    """SentencePiece raised a RuntimeError; the others wrote U+FFFD."""
+    for special in (False, True):
+        with pytest.raises(ValueError, match="not UTF-8"):
+            loaded[name].encode(text, special=special)
+
+
+@pytest.mark.parametrize("rows", [None, 400])
+def test_the_size_of_a_vocabulary_with_holes(copied, rows):
+    """With the model's size known, ids are counted without asking for all of them."""
+    folder = copied("byte_level", **({"config": {"vocab_size": rows}} if rows else {}))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    token = next(reversed(spec["model"]["vocab"]))
+    spec["model"]["vocab"][token] = 350
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.vocab_size == max(library.get_vocab().values()) + 1
+    assert tokenizer.vocab_size == 351
+    assert dict(tokenizer.pieces)[350] == tokenizer.token_bytes(350) != b""
+    assert tokenizer.decode([349]) == ""
 
 
 # properties

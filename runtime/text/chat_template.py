@@ -1,38 +1,78 @@
-"""Chat messages to one prompt, by the checkpoint's own template, in a sandbox."""
+"""Chat messages to one prompt, by the checkpoint's own template, in a process with limits."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from threading import Lock
+from typing import Any
 
 from ..typed_json import read_json
-from .tokenizer_files import load_tokenizer, special_texts
+from .side_files import read_limited, special_texts
+from .tokenizer import check_text
+from .tokenizer_files import load_tokenizer
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-    from jinja2.sandbox import SandboxedEnvironment
+__all__ = ["ChatTemplate", "RenderLimits"]
 
-__all__ = ["ChatTemplate"]
+_MAX_SOURCE_BYTES = 2**20  # the largest published have 30 kB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatTemplate:
-    """A compiled chat template.
-
-    The template is the checkpoint's code: the sandbox keeps it from Python's internals and limits
-    `range`, but does not limit its time or memory.
+class RenderLimits:
+    """What one rendering may take; a prompt takes milliseconds.
 
     Attributes:
-        template: The compiled template.
+        seconds: Of processor time.
+        num_bytes: Of address space.
+        num_chars: Of text.
+    """
+
+    seconds: int = 5
+    num_bytes: int = 2**29
+    num_chars: int = 2**24
+
+
+class ChatTemplate:
+    """A chat template, rendered in a sandbox in a process of its own.
+
+    The template is the checkpoint's code. The sandbox keeps it from Python's internals; the process
+    ends when it takes too long or too much memory, and is started again by the next rendering.
+    It costs 0.1 s to start and less than a millisecond a turn. Any thread may render.
+
+    Attributes:
+        source: The template.
         tokens: The special tokens' texts that the template may use, such as bos_token.
     """
 
-    template: Template
-    tokens: Mapping[str, str]
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], limits: RenderLimits | None = None
+    ) -> None:
+        """Compiles a template.
+
+        Args:
+            source: The template.
+            tokens: Special tokens by key.
+            limits: Of each rendering and of compiling.
+
+        Raises:
+            ValueError: It does not compile.
+        """
+        self.source, self.tokens = source, tokens
+        self._process = _Process(limits=limits or RenderLimits())
+        weakref.finalize(self, self._process.end)
+        answer = self._process.ask({"source": source, "variables": {}})
+        if "error" in answer:
+            raise ValueError(
+                f"the chat template does not compile, {_one_line(answer['error'])}; "
+                "give another with --chat-template"
+            )
 
     @classmethod
     def load(cls, folder: Path, template_file: Path | None = None) -> ChatTemplate:
@@ -50,17 +90,8 @@ class ChatTemplate:
             FileNotFoundError: template_file is missing, or there is no tokenizer in the folder.
             ValueError: The checkpoint has no template, or it does not compile.
         """
-        import jinja2
-
         folder = Path(folder)
         source = _read_template(template_file) if template_file else _find_template(folder)
-        try:
-            template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template does not compile, line {error.lineno}: {_one_line(error)}; "
-                "give another with --chat-template"
-            ) from None
         tokens = special_texts(folder)
         if not {"bos_token", "eos_token"} <= tokens.keys():
             # Folders without HF's files name their tokens in the tokenizer alone.
@@ -71,49 +102,122 @@ class ChatTemplate:
                     key,
                     None if i is None else tokenizer.pieces.get(i, b"").decode(errors="replace"),
                 )
-        return cls(template=template, tokens={k: v for k, v in tokens.items() if v is not None})
+        return cls(source, {k: v for k, v in tokens.items() if v is not None})
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Writes a conversation as the prompt the model was trained on.
 
         Encode it with `encode(text, bos=False, special=True)`: templates write their own BOS.
 
         Args:
-            messages: Each with a "role" (system, user, assistant) and its "content".
+            messages: Each with a "role" (system, user, assistant) and its "content": a string, or
+                a list of parts `{"type": "text", "text": ...}`. The template gets the one of the
+                two that it writes.
+            tools: Functions the model may call, as JSON schemas.
+            documents: What the model may quote, each with "title" and "text".
             add_generation_prompt: End with what begins the assistant's answer.
 
         Returns:
             The prompt's text.
 
         Raises:
-            ValueError: The template refuses the messages, fails, or leaves the sandbox.
+            ValueError: The template refuses the messages, fails, leaves the sandbox, takes longer
+                or more memory than it may, or writes what isn't UTF-8.
 
         Source: the variables and filters that transformers gives a template.
         """
-        import jinja2
-
-        try:
-            return self.template.render(
-                **self.tokens,
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            )
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        variables = {
+            **self.tokens,
+            "messages": [_message(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": tools,
+            "documents": documents,
+        }
+        answer = self._process.ask({"source": self.source, "variables": variables})
+        if "error" in answer:
             raise ValueError(
-                f"the chat template failed: {_one_line(error)}; "
+                f"the chat template failed: {_one_line(answer['error'])}; "
                 "change the messages or give another with --chat-template"
-            ) from None
+            )
+        check_text(answer["text"])
+        return answer["text"]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Process:
+    """The process of template_child.py, one question at a time."""
+
+    limits: RenderLimits
+    _child: subprocess.Popen[bytes] | None = None
+    _lock: Lock = field(default_factory=Lock)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            line = json.dumps(request).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"messages and tools must be JSON values ({str(error):.80})") from None
+        with self._lock:
+            child = self._child or self._start()
+            assert child.stdin is not None
+            assert child.stdout is not None
+            try:
+                child.stdin.write(line)
+                child.stdin.flush()
+                answer = child.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:  # Ctrl-C: its answer must not be the next question's
+                self.end()
+                raise
+            if answer.endswith(b"\n"):
+                return json.loads(answer)
+            self.end()
+            if child.returncode == -signal.SIGPROF:
+                return {"error": f"it took longer than {self.limits.seconds} s"}
+            return {"error": f"its process ended with code {child.returncode}"}
+
+    def end(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            with contextlib.suppress(BrokenPipeError), child:  # closes the pipes and waits
+                pass
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        limits = (self.limits.seconds, self.limits.num_bytes, self.limits.num_chars)
+        self._child = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S"),  # the path is given, so that nothing else is read
+                str(Path(__file__).with_name("template_child.py")),
+                *map(str, limits),
+                json.dumps(sys.path),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        return self._child
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what is null, as in transformers; its parts must be text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"a message holds a part of type {kind!r:.40}; parts are text: "
+                    '{"type": "text", "text": ...}'
+                )
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _find_template(folder: Path) -> str:
@@ -121,11 +225,11 @@ def _find_template(folder: Path) -> str:
         return _read_template(folder / "chat_template.jinja")
     found = read_json(folder / "tokenizer_config.json", optional=True).get("chat_template")
     if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
         if not isinstance(found, str):
             raise ValueError(
-                f"{folder} has the chat templates {sorted(map(str, named))}, none named default; "
+                f"{folder} has the chat templates {sorted(named)!s:.200}, none named default; "
                 "give one with --chat-template FILE"
             )
     if not isinstance(found, str):
@@ -135,63 +239,16 @@ def _find_template(folder: Path) -> str:
 
 def _read_template(path: Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_limited(Path(path), _MAX_SOURCE_BYTES).decode()
     except FileNotFoundError:
         raise FileNotFoundError(f"no chat template {path}; give --chat-template a file") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not a UTF-8 text file; give --chat-template one") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        reason = "" if isinstance(error, UnicodeDecodeError) else f" ({error})"
+        raise ValueError(
+            f"{path} is not a UTF-8 text file{reason}; give --chat-template one"
+        ) from None
 
 
-def _environment() -> SandboxedEnvironment:
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-            # Jinja's own would print as nothing and fail only when it is used.
-            raise SecurityError(f"{attribute!r} of {type(obj).__name__} is out of bounds")
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's text for training; here it is just its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(text: str) -> str:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= 300 else line[:300] + "..."

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from pathlib import Path
 
+from .added_tokens import AddedToken, AddedTokens
+from .library_errors import library_errors
+from .side_files import TokenizerConfig
 from .tokenizer import Tokenizer
 
-__all__ = ["LLAMA3_BOS", "LLAMA3_STOPS", "load_ranks"]
+__all__ = ["LLAMA3_BOS", "LLAMA3_STOPS", "NUM_LLAMA3_SPECIALS", "load_ranks"]
 
 # Llama 3's split of text into words. Source: Llama 3's published tokenizer (github.com/meta-llama).
 _LLAMA3_PATTERN = (
@@ -29,12 +33,58 @@ _LLAMA3_SPECIALS = {
 }
 LLAMA3_BOS = _LLAMA3_SPECIALS[0]
 LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+NUM_LLAMA3_SPECIALS = 256
 
 
-def load_ranks(path: Path, data: bytes) -> tuple[Tokenizer, dict[str, int]]:
-    """Reads Llama 3's file of `base64 rank` lines, which tiktoken encodes with."""
+def load_ranks(
+    path: Path, data: bytes, config: TokenizerConfig, num_rows: int | None
+) -> tuple[Tokenizer, Callable[[str], int | None]]:
+    """Reads Llama 3's file of `base64 rank` lines, which tiktoken encodes with.
+
+    Args:
+        path: The file, named in errors.
+        data: Its bytes.
+        config: What the folder adds to it.
+        num_rows: V if it is known: the file has as many ids, or it is cut short.
+
+    Returns:
+        The tokenizer, and the id of a token's text.
+
+    Raises:
+        ValueError: A line is damaged, or the number of ids isn't V.
+    """
     import tiktoken
 
+    ranks = _read_ranks(path, data)
+    names = _special_names(path, len(ranks), config, num_rows)
+    library = tiktoken.Encoding(
+        name=str(path), pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    added = AddedTokens(names.values())
+
+    def encode(text: str, special: bool) -> list[int]:
+        ids: list[int] = []
+        with library_errors(f"{path} can't encode this text"):
+            for _, part, token in added.split(text, special=special):
+                if token is not None and token.id is not None:
+                    ids.append(token.id)
+                else:
+                    ids += library.encode_ordinary(part)
+        return ids
+
+    ids = {token.text: i for i, token in names.items()}
+    specials = {token.text: i for i, token in names.items() if token.special}
+    tokenizer = Tokenizer(
+        encoder=encode,
+        pieces={i: token for token, i in ranks.items()} | {i: t.encode() for t, i in ids.items()},
+        special_ids=frozenset(specials.values()),
+        special_names=specials,
+        adds_bos=config.add_bos is not False,
+    )
+    return tokenizer, ids.get
+
+
+def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         try:
@@ -51,16 +101,32 @@ def load_ranks(path: Path, data: bytes) -> tuple[Tokenizer, dict[str, int]]:
         raise ValueError(
             f"{path} has no token for byte {missing[0]}; it is cut short, copy it again"
         )
-    reserved = (f"<|reserved_special_token_{n}|>" for n in range(256))
-    names = {_LLAMA3_SPECIALS.get(n) or next(reserved): len(ranks) + n for n in range(256)}
-    library = tiktoken.Encoding(
-        name=str(path), pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=names
+    return ranks
+
+
+def _special_names(
+    path: Path, num_ranks: int, config: TokenizerConfig, num_rows: int | None
+) -> dict[int, AddedToken]:
+    """The tokens behind the ranks, by id; the folder's files may rename and add some."""
+    reserved = (f"<|reserved_special_token_{n}|>" for n in range(NUM_LLAMA3_SPECIALS))
+    names = {
+        num_ranks + n: AddedToken(
+            text=_LLAMA3_SPECIALS.get(n) or next(reserved), id=num_ranks + n, special=True
+        )
+        for n in range(NUM_LLAMA3_SPECIALS)
+    }
+    size = num_ranks + NUM_LLAMA3_SPECIALS
+    listed = {token.id: token for token in config.added if token.id is not None}
+    ids = {token.text: i for i, token in names.items()}
+    moved = [token.text for i, token in listed.items() if ids.get(token.text, i) != i]
+    behind = sorted(i for i in listed if i >= size)
+    whole = num_rows in (None, size) or (
+        behind[:1] == [size] and num_rows is not None and behind[-1] < num_rows
     )
-
-    def encode(text: str, special: bool) -> list[int]:
-        allowed = library.special_tokens_set if special else set()
-        return library.encode(text, allowed_special=allowed, disallowed_special=())
-
-    pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in names.items()}
-    tokenizer = Tokenizer(encoder=encode, pieces=pieces, special_ids=frozenset(names.values()))
-    return tokenizer, names
+    if moved or not whole:
+        expected = f"{moved[0]} has another id" if moved else f"the model has {num_rows}"
+        raise ValueError(
+            f"{path} has {num_ranks} ranks, with {NUM_LLAMA3_SPECIALS} special tokens {size} ids, "
+            f"but {expected}; it is cut short or another model's, copy it again"
+        )
+    return names | {i: token for i, token in listed.items() if i >= num_ranks}

@@ -2,105 +2,159 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..typed_json import read_json
+from .added_tokens import AddedToken, AddedTokens
+from .side_files import TokenizerConfig
 from .tokenizer import Tokenizer
 
-__all__ = ["load_sentencepiece"]
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+__all__ = ["count_pieces", "load_sentencepiece"]
+
+# Appended to a serialized model it overwrites normalizer_spec.add_dummy_prefix with false, as
+# protobuf merges a field that comes twice.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 def load_sentencepiece(
-    path: Path, data: bytes, texts: dict[str, str | None]
-) -> tuple[Tokenizer, dict[str, int]]:
+    path: Path, data: bytes, config: TokenizerConfig, num_rows: int | None
+) -> tuple[Tokenizer, Callable[[str], int | None]]:
     """Reads a SentencePiece model.
 
     Args:
-        path: The file; its folder names the added tokens.
+        path: The file, named in errors.
         data: Its bytes.
-        texts: Special tokens that the folder names, by key.
+        config: What the folder adds to it.
+        num_rows: V if it is known: a token that is named without an id is added only below it.
 
     Returns:
-        The tokenizer, and the id of each special or added token's text.
+        The tokenizer, and the id of a token's text.
 
     Raises:
-        ValueError: It isn't a SentencePiece model, or an added token's id isn't a number.
+        ValueError: It isn't a SentencePiece model, or it is damaged.
     """
+    library = _open(path, data)
+    size = library.vocab_size()
+    try:
+        pieces = {i: _piece(library, i) for i in range(size)}
+        texts = {library.id_to_piece(i): i for i in range(size)}
+        spaces = 1 - library.decode([library.piece_to_id("▁")]).count(" ")
+        library.encode("a")
+    except (RuntimeError, ValueError):  # UnicodeDecodeError is one
+        raise ValueError(f"{path} is damaged; copy it again") from None
+    controls = [i for i in range(size) if library.is_control(i)]
+    ordinary = {i for i in range(size) if not (library.is_control(i) or library.is_unknown(i))}
+    tokens = [AddedToken(text=library.id_to_piece(i), id=i, special=True) for i in controls]
+    if 0 <= library.unk_id() < size:
+        unknown = library.id_to_piece(library.unk_id())
+        tokens.append(AddedToken(text=unknown, id=library.unk_id(), special=True))
+    special_ids = set(controls)
+    free = max([size - 1, *(t.id for t in config.added if t.id is not None)]) + 1
+    for token in config.added:
+        if token.id is None:
+            token = replace(token, id=texts.get(token.text, free))
+            if token.id == free and (num_rows is None or free >= num_rows):
+                continue
+            free += token.id == free
+        assert token.id is not None
+        tokens.append(token)
+        if texts.get(token.text) != token.id:
+            texts[token.text] = token.id
+            pieces[token.id] = token.text.encode()
+        if token.special:
+            special_ids.add(token.id)
+
+    named = config.texts.get("bos_token", "")
+    bos = None if named is None else texts.get(named, library.bos_id())
+    tokenizer = Tokenizer(
+        encoder=_encoder(library, data, config, tokens, ordinary),
+        pieces=pieces,
+        bos_id=None if bos is None or bos < 0 else bos,
+        eos_ids=(library.eos_id(),) if library.eos_id() >= 0 else (),
+        special_ids=frozenset(special_ids),
+        special_names={t.text: t.id for t in tokens if t.special and t.id is not None},
+        adds_bos=config.add_bos is not False,
+        leading_spaces=0 if config.spaces == "never" else spaces,
+        replace_each_byte=True,
+    )
+    return tokenizer, texts.get
+
+
+def count_pieces(path: Path, data: bytes) -> int:
+    """Returns the number of a model's own ids.
+
+    Raises:
+        ValueError: It isn't a SentencePiece model.
+    """
+    return _open(path, data).vocab_size()
+
+
+def _open(path: Path, data: bytes) -> SentencePieceProcessor:
     import sentencepiece
 
     try:
-        library = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
+        if data:
+            return sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:
-        library = None
-    if library is None:
-        raise ValueError(
-            f"{path} ({len(data)} bytes) is neither SentencePiece nor a rank file; copy it again"
-        )
-    size = library.vocab_size()
-    pieces: dict[int, bytes] = {}
-    for i in range(size):
-        text = library.id_to_piece(i)
-        if library.is_byte(i):
-            pieces[i] = bytes((int(text[3:5], 16),))
-        elif library.is_unknown(i):
-            pieces[i] = library.decode([i]).encode()
-        else:
-            pieces[i] = text.replace("▁", " ").encode()
-    controls = {i for i in range(size) if library.is_control(i)}
-    names = {library.id_to_piece(i): i for i in controls}
-    config = read_json(path.parent / "tokenizer_config.json", optional=True)
-    for i, text, special in _added_tokens(path.parent, config, texts):
-        pieces.setdefault(i, text.encode())
-        names[text] = i
-        controls |= {i} if special else set()
-    split = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-    newline = library.encode("\n")
-    plain_joins = config.get("legacy") is False
+        pass
+    raise ValueError(
+        f"{path} ({len(data)} bytes) is neither SentencePiece nor a rank file; copy it again"
+    )
+
+
+def _piece(library: SentencePieceProcessor, i: int) -> bytes:
+    text = library.id_to_piece(i)
+    if library.is_byte(i):
+        return bytes((int(text[3:5], 16),))
+    if library.is_unknown(i):
+        return library.decode([i]).encode()
+    return text.replace("▁", " ").encode()
+
+
+def _encoder(
+    library: SentencePieceProcessor,
+    data: bytes,
+    config: TokenizerConfig,
+    tokens: list[AddedToken],
+    ordinary: set[int],
+) -> Callable[[str, bool], list[int]]:
+    added = AddedTokens(tokens)
+    # Special tokens whose text the model itself would find: it is cut where it must stay text.
+    found_anyway = AddedTokens(
+        replace(token, special=False) for token in tokens if token.special and token.id in ordinary
+    )
+
+    @cache
+    def without_prefix() -> SentencePieceProcessor:
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=data + _NO_PREFIX)
+
+    def encode_part(start: int, text: str) -> list[int]:
+        prefix = config.spaces == "always" or (config.spaces == "first" and start == 0)
+        if start and config.llama and text.startswith((" ", "▁")):
+            prefix = False  # LlamaTokenizer doesn't double a space between tokens
+        return (library if prefix else without_prefix()).encode(text)
 
     def encode(text: str, special: bool) -> list[int]:
-        if not special or not names:
-            return library.encode(text)
         ids: list[int] = []
-        start = 0
-        for match in [*split.finditer(text), None]:
-            part = text[start : match.start() if match else None]
-            # The first text gets the space the format adds; so does text after a special token
-            # (as Meta's code encodes turns) unless the checkpoint says `"legacy": false`.
-            if part and ids and plain_joins:
-                ids += library.encode("\n" + part)[len(newline) :]
-            elif part:
-                ids += library.encode(part)
-            if match:
-                ids.append(names[match[0]])
-                start = match.end()
+        for start, part, token in added.split(text, special=special):
+            if token is not None and token.id is not None:
+                ids.append(token.id)
+            elif special:
+                ids += encode_part(start, part)
+            else:
+                for inner, piece, name in found_anyway.split(part, special=False):
+                    cuts = [piece] if name is None else [piece[:1], piece[1:]]
+                    for n, cut in enumerate(cuts):
+                        first = inner == 0 and n == 0
+                        ids += encode_part(start, cut) if first else without_prefix().encode(cut)
         return ids
 
-    tokenizer = Tokenizer(
-        encoder=encode,
-        pieces=pieces,
-        bos_id=library.bos_id() if library.bos_id() >= 0 else None,
-        eos_ids=(library.eos_id(),) if library.eos_id() >= 0 else (),
-        special_ids=frozenset(controls),
-        adds_bos=bool(config.get("add_bos_token", True)),
-        leading_spaces=1 - library.decode([library.piece_to_id("▁")]).count(" "),
-        replace_each_byte=True,
-    )
-    return tokenizer, names
-
-
-def _added_tokens(
-    folder: Path, config: dict[str, Any], texts: dict[str, str | None]
-) -> list[tuple[int, str, bool]]:
-    """Lists the (id, text, special) that a fine-tune added behind its SentencePiece model."""
-    found: dict[int, tuple[str, bool]] = {}
-    listed = [
-        (i, {"content": text, "special": text in texts.values()})
-        for text, i in read_json(folder / "added_tokens.json", optional=True).items()
-    ]
-    for i, token in [*listed, *config.get("added_tokens_decoder", {}).items()]:
-        if not str(i).isdecimal() or not isinstance(token, dict) or not token.get("content"):
-            raise ValueError(f"{folder} adds the token {token!r} as id {i!r}; ids are 0, 1, 2, ...")
-        found[int(i)] = (str(token["content"]), bool(token.get("special")))
-    return [(i, text, special) for i, (text, special) in found.items()]
+    return encode

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "check_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class Tokenizer:
         bos_id: The id that begins a sequence, if the checkpoint names one.
         eos_ids: Every id that ends one, in the order the files name them.
         special_ids: Ids with no text, skipped by decode.
+        special_names: The id of each special token's text, for stop texts and warnings.
         adds_bos: False where the checkpoint's files say that prompts go without a BOS.
         leading_spaces: Spaces the format may put before a text, which decode takes off again.
         replace_each_byte: Whether U+FFFD stands for each invalid byte (SentencePiece) or for each
@@ -37,6 +38,7 @@ class Tokenizer:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     special_ids: frozenset[int] = frozenset()
+    special_names: Mapping[str, int] = field(default_factory=dict)
     adds_bos: bool = True
     leading_spaces: int = 0
     replace_each_byte: bool = False
@@ -51,18 +53,33 @@ class Tokenizer:
         """Encodes text.
 
         Args:
-            text: The text; lone surrogates are refused or replaced, as the format's library does.
+            text: The text.
             bos: Begin with one BOS, unless the checkpoint has none or says `add_bos_token: false`.
             special: Parse the text of special tokens, as in a rendered chat template (which holds
                 its own BOS). False leaves it text, so that a prompt cannot forge one.
 
         Returns:
             Token ids, each below vocab_size.
+
+        Raises:
+            ValueError: The text holds half a character (a surrogate), or its library failed.
         """
+        check_text(text)
         ids = self.encoder(text, special)
         if bos and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    def specials_in(self, text: str) -> list[str]:
+        """Finds special tokens' texts, which `encode(text)` leaves text.
+
+        Args:
+            text: A prompt.
+
+        Returns:
+            Each that occurs, once, in the order of first occurrence.
+        """
+        return sorted((name for name in self.special_names if name in text), key=text.find)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids, special ones skipped; invalid or incomplete UTF-8 becomes U+FFFD.
@@ -97,6 +114,24 @@ class Tokenizer:
                 f"token id is {token_id}; the tokenizer's ids are 0 to {self.vocab_size - 1}"
             )
         return b"" if token_id in self.special_ids else self.pieces.get(token_id, b"")
+
+
+def check_text(text: str) -> None:
+    """Refuses what no UTF-8 file holds.
+
+    Args:
+        text: A prompt or a rendered template.
+
+    Raises:
+        ValueError: It holds a surrogate, as bytes that aren't UTF-8 leave behind.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not UTF-8: character {error.start} is U+{ord(text[error.start]):04X}, "
+            "half a character; convert it"
+        ) from None
 
 
 class StreamDecoder:

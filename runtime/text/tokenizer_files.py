@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ from typing import Any
 from ..side_file import read_side_file
 from ..typed_json import read_json
 from .json_format import load_json
-from .rank_format import LLAMA3_BOS, LLAMA3_STOPS, load_ranks
-from .sentencepiece_format import load_sentencepiece
+from .rank_format import LLAMA3_BOS, LLAMA3_STOPS, NUM_LLAMA3_SPECIALS, load_ranks
+from .sentencepiece_format import count_pieces, load_sentencepiece
+from .side_files import TokenizerConfig, read_limited, read_tokenizer_config
 from .tokenizer import Tokenizer
 
-__all__ = ["load_tokenizer", "special_texts"]
+__all__ = ["load_tokenizer"]
 
 logger = logging.getLogger(__name__)
+
+# The largest published: 262,144 ids in 33 MB of JSON, 4 MB of SentencePiece.
+_MAX_JSON_BYTES = 256 * 2**20
+_MAX_MODEL_BYTES = 64 * 2**20
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -25,6 +31,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     EOS ids are the union of generation_config.json, config.json and the tokenizer's own; where
     none is named, Llama 3's end_of_text, eom_id and eot_id count if the vocabulary has them.
+
+    A BOS is what tokenizer.json's post-processor begins texts with, else the token that the files
+    name, else the SentencePiece model's own, else the id in config.json.
 
     Args:
         folder: The checkpoint or bundle.
@@ -39,78 +48,90 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the checkpoint's folder")
-    texts = special_texts(folder)
+    config = read_tokenizer_config(folder)
+    generation, model = (
+        read_json(folder / f"{n}.json", optional=True) for n in ("generation_config", "config")
+    )
+    num_rows = _num_rows(model) or _num_rows(read_json(folder / "params.json", optional=True))
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     if json_file.is_file():
-        tokenizer, names = load_json(json_file, texts)
+        data = read_limited(json_file, _MAX_JSON_BYTES)
+        tokenizer, token_id = load_json(json_file, data, config, num_rows)
         if model_file.is_file():
-            _compare_sizes(tokenizer, folder)
+            _compare_sizes(tokenizer, model_file)
     elif model_file.is_file():
-        tokenizer, names = _load_model(model_file, texts)
+        data = read_limited(model_file, _MAX_MODEL_BYTES)
+        load = load_ranks if _is_rank_file(data) else load_sentencepiece
+        tokenizer, token_id = load(model_file, data, config, num_rows)
     else:
         raise FileNotFoundError(
             f"no tokenizer in {folder}; copy the checkpoint's tokenizer.json or tokenizer.model in"
         )
+    return _with_ends(tokenizer, token_id, config, generation, model)
+
+
+def _with_ends(
+    tokenizer: Tokenizer,
+    token_id: Callable[[str], int | None],
+    config: TokenizerConfig,
+    generation: dict[str, Any],
+    model: dict[str, Any],
+) -> Tokenizer:
+    """Adds the ids that begin and end a sequence."""
     size = tokenizer.vocab_size
-    generation, config = (
-        read_json(folder / f"{n}.json", optional=True) for n in ("generation_config", "config")
-    )
-    own_bos, own_eos = (
-        [names[text]] if (text := texts.get(key)) in names else []
-        for key in ("bos_token", "eos_token")
-    )
-    special_ids = tokenizer.special_ids.union(own_bos, own_eos)
-    bos = own_bos or ([] if tokenizer.bos_id is None else [tokenizer.bos_id])
-    bos += _ids(config, "bos_token_id", size) + _ids(generation, "bos_token_id", size)
-    bos += [names[text] for text in (LLAMA3_BOS,) if text in names]
-    if texts.get("bos_token", "") is None:  # the files say that there is none
-        bos = []
-    eos = _ids(generation, "eos_token_id", size) + _ids(config, "eos_token_id", size)
-    eos += own_eos or tokenizer.eos_ids
-    eos = eos or [names[text] for text in LLAMA3_STOPS if text in names]
+    own_bos = _own("bos_token", "<s>", token_id, config)
+    own_eos = _own("eos_token", "</s>", token_id, config)
+    bos = [tokenizer.bos_id]
+    if config.texts.get("bos_token", "") is not None:  # null says that there is none
+        bos += own_bos.values()
+        bos += _ids(model, "bos_token_id", size) + _ids(generation, "bos_token_id", size)
+        bos.append(token_id(LLAMA3_BOS))
+    eos = _ids(generation, "eos_token_id", size) + _ids(model, "eos_token_id", size)
+    eos += [*own_eos.values()] or tokenizer.eos_ids
+    eos = eos or [i for i in map(token_id, LLAMA3_STOPS) if i is not None]
+    names = own_bos | own_eos
     return replace(
         tokenizer,
-        bos_id=bos[0] if bos else None,
+        bos_id=next((i for i in bos if i is not None), None),
         eos_ids=tuple(dict.fromkeys(eos)),
-        special_ids=special_ids,
-        special_names={text: i for text, i in names.items() if i in special_ids},
+        special_ids=tokenizer.special_ids.union(names.values()),
+        special_names={**tokenizer.special_names, **names},
     )
 
 
-def special_texts(folder: Path) -> dict[str, str | None]:
-    """Reads the special tokens a checkpoint names, such as bos_token, by their key.
+def _own(
+    key: str, default: str, token_id: Callable[[str], int | None], config: TokenizerConfig
+) -> dict[str, int]:
+    """The token that the folder's files name, with its id; an empty text is no name."""
+    text = config.texts.get(key, "")
+    if text == "" and config.llama:
+        text = default
+    found = token_id(text) if text else None
+    return {} if text is None or found is None else {text: found}
 
-    Args:
-        folder: Holds tokenizer_config.json, special_tokens_map.json, both or neither.
 
-    Returns:
-        Each token's text; None where tokenizer_config.json says there is no such token.
-
-    Raises:
-        ValueError: A file is not a JSON object.
-    """
-    texts: dict[str, str | None] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_json(folder / name, optional=True).items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and (text is None or isinstance(text, str)):
-                texts[key] = text
-    return texts
+def _num_rows(config: dict[str, Any]) -> int | None:
+    size = config.get("vocab_size")  # Meta's params.json says -1 for "see the tokenizer"
+    return size if type(size) is int and 0 < size < 2**31 else None
 
 
 def _ids(config: dict[str, Any], key: str, size: int) -> list[int]:
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{key} is {value!r}; it must be a token id or a list of them")
+        raise ValueError(f"{key} is {value!r:.60}; it must be a token id or a list of them")
     if unknown := [i for i in ids if not 0 <= i < size]:
-        logger.warning("%s names %s, but the tokenizer has only %d ids", key, unknown, size)
+        logger.warning("%s names %.60s, but the tokenizer has only %d ids", key, unknown, size)
     return [i for i in ids if 0 <= i < size]
 
 
-def _compare_sizes(tokenizer: Tokenizer, folder: Path) -> None:
+def _compare_sizes(tokenizer: Tokenizer, path: Path) -> None:
     try:
-        size = _load_model(folder / "tokenizer.model", {})[0].vocab_size
+        data = read_limited(path, _MAX_MODEL_BYTES)
+        if _is_rank_file(data):
+            size = len(data.splitlines()) + NUM_LLAMA3_SPECIALS
+        else:
+            size = count_pieces(path, data)
     except ValueError as error:
         logger.warning("using tokenizer.json; %s", error)
         return
@@ -122,8 +143,5 @@ def _compare_sizes(tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
-def _load_model(path: Path, texts: dict[str, str | None]) -> tuple[Tokenizer, dict[str, int]]:
-    data = read_side_file(path)
-    if re.match(rb"[A-Za-z0-9+/=]+ +\d+\s", data):
-        return load_ranks(path, data)
-    return load_sentencepiece(path, data, texts)
+def _is_rank_file(data: bytes) -> bool:
+    return re.match(rb"[A-Za-z0-9+/=]+ +\d+\s", data) is not None
