@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -54,22 +54,13 @@ def load_sentencepiece(
     if 0 <= library.unk_id() < size:
         unknown = library.id_to_piece(library.unk_id())
         tokens.append(AddedToken(text=unknown, id=library.unk_id(), special=True))
-    special_ids = set(controls)
-    free = max([size - 1, *(t.id for t in config.added if t.id is not None)]) + 1
-    for token in config.added:
-        if token.id is None:
-            token = replace(token, id=texts.get(token.text, free))
-            if token.id == free and (num_rows is None or free >= num_rows):
-                continue
-            free += token.id == free
-        assert token.id is not None
-        tokens.append(token)
-        if texts.get(token.text) != token.id:
-            texts[token.text] = token.id
-            pieces[token.id] = token.text.encode()
-        if token.special:
-            special_ids.add(token.id)
-
+    added = _with_ids(config.added, texts, size, num_rows)
+    for i, token in added:
+        if texts.get(token.text) != i:
+            texts[token.text] = i
+            pieces[i] = token.text.encode()
+    special_ids = frozenset(controls).union(i for i, token in added if token.special)
+    tokens += [token for _, token in added]
     named = config.texts.get("bos_token", "")
     bos = None if named is None else texts.get(named, library.bos_id())
     tokenizer = Tokenizer(
@@ -77,7 +68,7 @@ def load_sentencepiece(
         pieces=pieces,
         bos_id=None if bos is None or bos < 0 else bos,
         eos_ids=(library.eos_id(),) if library.eos_id() >= 0 else (),
-        special_ids=frozenset(special_ids),
+        special_ids=special_ids,
         special_names={t.text: t.id for t in tokens if t.special and t.id is not None},
         adds_bos=config.add_bos is not False,
         leading_spaces=0 if config.spaces == "never" else spaces,
@@ -101,6 +92,8 @@ def _open(path: Path, data: bytes) -> SentencePieceProcessor:
     try:
         if data:
             return sentencepiece.SentencePieceProcessor(model_proto=data)
+    except UnicodeDecodeError:  # of the library's own message, which holds a piece
+        raise ValueError(f"{path} is damaged; copy it again") from None
     except RuntimeError:
         pass
     raise ValueError(
@@ -115,6 +108,22 @@ def _piece(library: SentencePieceProcessor, i: int) -> bytes:
     if library.is_unknown(i):
         return library.decode([i]).encode()
     return text.replace("▁", " ").encode()
+
+
+def _with_ids(
+    tokens: Iterable[AddedToken], texts: Mapping[str, int], size: int, num_rows: int | None
+) -> list[tuple[int, AddedToken]]:
+    """The added tokens; one without an id is the piece of its text, or the next id with a row."""
+    tokens = list(tokens)
+    free = max([size - 1, *(token.id for token in tokens if token.id is not None)]) + 1
+    placed = []
+    for token in tokens:
+        i = texts.get(token.text, free) if token.id is None else token.id
+        if i == free and (num_rows is None or free >= num_rows):
+            continue
+        free += i == free
+        placed.append((i, replace(token, id=i)))
+    return placed
 
 
 def _encoder(
