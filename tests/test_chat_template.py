@@ -172,7 +172,7 @@ def test_no_template_is_an_error_that_says_what_to_do(folder, tmp_path):
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="UTF-8"):
         ChatTemplate.load(folder(), tmp_path / "binary.jinja")
-    with pytest.raises(ValueError, match="UTF-8"):
+    with pytest.raises(ValueError, match="not a file"):
         ChatTemplate.load(folder(), tmp_path)
 
 
@@ -309,10 +309,10 @@ def test_threads_take_turns(folder):
 
 def test_a_devices_bytes_are_no_template(folder, tmp_path):
     """/dev/zero was read until the memory ended."""
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(ValueError, match="not a file"):
         ChatTemplate.load(folder(), Path("/dev/zero"))
     (tmp_path / "big.jinja").write_bytes(b"a" * (2**20 + 1))
-    with pytest.raises(ValueError, match="more than 1,048,576 bytes"):
+    with pytest.raises(ValueError, match="more than 1 MiB"):
         ChatTemplate.load(folder(), tmp_path / "big.jinja")
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..typed_json import read_json
-from .side_files import read_limited, special_texts
+from ..side_file import read_side_file
+from ..typed_json import read_json, shown
 from .tokenizer import check_text
+from .tokenizer_config import special_texts
 from .tokenizer_files import load_tokenizer
 
 __all__ = ["ChatTemplate", "RenderLimits"]
@@ -214,7 +215,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"a message holds a part of type {kind!r:.40}; parts are text: "
+                    f"a message holds a part of type {shown(kind)}; parts are text: "
                     '{"type": "text", "text": ...}'
                 )
     return {key: value for key, value in message.items() if value is not None}
@@ -229,7 +230,7 @@ def _find_template(folder: Path) -> str:
         found = named.get("default")
         if not isinstance(found, str):
             raise ValueError(
-                f"{folder} has the chat templates {sorted(named)!s:.200}, none named default; "
+                f"{folder} has the chat templates {shown(sorted(named))}, none named default; "
                 "give one with --chat-template FILE"
             )
     if not isinstance(found, str):
@@ -239,14 +240,11 @@ def _find_template(folder: Path) -> str:
 
 def _read_template(path: Path) -> str:
     try:
-        return read_limited(Path(path), _MAX_SOURCE_BYTES).decode()
+        return read_side_file(Path(path), max_bytes=_MAX_SOURCE_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"no chat template {path}; give --chat-template a file") from None
-    except ValueError as error:  # UnicodeDecodeError is one
-        reason = "" if isinstance(error, UnicodeDecodeError) else f" ({error})"
-        raise ValueError(
-            f"{path} is not a UTF-8 text file{reason}; give --chat-template one"
-        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; give --chat-template a template") from None
 
 
 def _one_line(text: str) -> str:

@@ -12,8 +12,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from .library_errors import library_errors
-from .side_files import TokenizerConfig
 from .tokenizer import Tokenizer
+from .tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     import tokenizers

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .added_tokens import AddedToken, AddedTokens
 from .library_errors import library_errors
-from .side_files import TokenizerConfig
 from .tokenizer import Tokenizer
+from .tokenizer_config import TokenizerConfig
 
 __all__ = ["LLAMA3_BOS", "LLAMA3_STOPS", "NUM_LLAMA3_SPECIALS", "load_ranks"]
 

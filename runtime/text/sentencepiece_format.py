@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .added_tokens import AddedToken, AddedTokens
-from .side_files import TokenizerConfig
 from .tokenizer import Tokenizer
+from .tokenizer_config import TokenizerConfig
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -29,7 +29,6 @@ class Tokenizer:
         leading_spaces: Spaces the format may put before a text, which decode takes off again.
         replace_each_byte: Whether U+FFFD stands for each invalid byte (SentencePiece) or for each
             longest invalid sequence (byte-level BPE).
-        special_names: The text of each special token to its id.
         vocab_size: Number of ids; an id at or past it does not exist.
     """
 
@@ -42,7 +41,6 @@ class Tokenizer:
     adds_bos: bool = True
     leading_spaces: int = 0
     replace_each_byte: bool = False
-    special_names: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,10 +96,6 @@ class Tokenizer:
         """
         text = _Utf8(self)
         return text.feed(ids) + text.finish()
-
-    def specials_in(self, text: str) -> list[str]:
-        """The special tokens' texts that stand in a text."""
-        return [name for name in self.special_names if name and name in text]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes one id adds to the text, none for a special id.

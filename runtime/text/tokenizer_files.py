@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..side_file import read_side_file
-from ..typed_json import read_json
+from ..typed_json import read_json, shown
 from .json_format import load_json
 from .rank_format import LLAMA3_BOS, LLAMA3_STOPS, NUM_LLAMA3_SPECIALS, load_ranks
 from .sentencepiece_format import count_pieces, load_sentencepiece
-from .side_files import TokenizerConfig, read_limited, read_tokenizer_config
 from .tokenizer import Tokenizer
+from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 __all__ = ["load_tokenizer"]
 
 logger = logging.getLogger(__name__)
-
-# The largest published: 262,144 ids in 33 MB of JSON, 4 MB of SentencePiece.
-_MAX_JSON_BYTES = 256 * 2**20
-_MAX_MODEL_BYTES = 64 * 2**20
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -55,12 +51,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     num_rows = _num_rows(model) or _num_rows(read_json(folder / "params.json", optional=True))
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     if json_file.is_file():
-        data = read_limited(json_file, _MAX_JSON_BYTES)
+        data = read_side_file(json_file).removeprefix(b"\xef\xbb\xbf")
         tokenizer, token_id = load_json(json_file, data, config, num_rows)
         if model_file.is_file():
             _compare_sizes(tokenizer, model_file)
     elif model_file.is_file():
-        data = read_limited(model_file, _MAX_MODEL_BYTES)
+        data = read_side_file(model_file)
         load = load_ranks if _is_rank_file(data) else load_sentencepiece
         tokenizer, token_id = load(model_file, data, config, num_rows)
     else:
@@ -119,15 +115,15 @@ def _ids(config: dict[str, Any], key: str, size: int) -> list[int]:
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{key} is {value!r:.60}; it must be a token id or a list of them")
+        raise ValueError(f"{key} is {shown(value)}; it must be a token id or a list of them")
     if unknown := [i for i in ids if not 0 <= i < size]:
-        logger.warning("%s names %.60s, but the tokenizer has only %d ids", key, unknown, size)
+        logger.warning("%s names %s, but the tokenizer has only %d ids", key, shown(unknown), size)
     return [i for i in ids if 0 <= i < size]
 
 
 def _compare_sizes(tokenizer: Tokenizer, path: Path) -> None:
     try:
-        data = read_limited(path, _MAX_MODEL_BYTES)
+        data = read_side_file(path)
         if _is_rank_file(data):
             size = len(data.splitlines()) + NUM_LLAMA3_SPECIALS
         else:

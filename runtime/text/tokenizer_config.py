@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..typed_json import read_json
+from ..typed_json import check_bool, read_json, shown
 from .added_tokens import AddedToken
 
-__all__ = ["TokenizerConfig", "read_limited", "read_tokenizer_config", "special_texts"]
+__all__ = ["TokenizerConfig", "read_tokenizer_config", "special_texts"]
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -35,31 +35,6 @@ class TokenizerConfig:
     llama: bool
     other_class: bool
     spaces: str
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a whole file that has no reason to be large.
-
-    Args:
-        path: The file.
-        limit: Most bytes it may have.
-
-    Returns:
-        Its bytes, without a byte order mark.
-
-    Raises:
-        FileNotFoundError: It is missing.
-        ValueError: It is no regular file, or too large.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file; name one")
-    with path.open("rb") as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path} has more than {limit:,} bytes; it can't be what its name says")
-    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def special_texts(folder: Path) -> dict[str, str | None]:
@@ -104,7 +79,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
             found.setdefault(token.text, token)
     name = config.get("tokenizer_class") or ""
     if not isinstance(name, str):
-        raise ValueError(f"tokenizer_class is {name!r:.40}; it must be a text")
+        raise ValueError(f"tokenizer_class is {shown(name)}; it must be a text")
     kind = name.removesuffix("Fast")
     llama = kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
     legacy = _flag(config, "legacy", not llama)
@@ -146,7 +121,9 @@ def _extra(config: dict[str, Any]) -> list[AddedToken]:
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
-        raise ValueError(f"additional_special_tokens is {extra!r:.40}; it must be a list of tokens")
+        raise ValueError(
+            f"additional_special_tokens is {shown(extra)}; it must be a list of tokens"
+        )
     return [_token("additional_special_tokens", value, special=True) for value in extra]
 
 
@@ -162,13 +139,14 @@ def _numbered(
             for text, i in read_json(folder / "added_tokens.json", optional=True).items()
         }
     if not isinstance(decoder, dict):
-        raise ValueError(f"added_tokens_decoder is {decoder!r:.40}; it must be an object by ids")
+        raise ValueError(f"added_tokens_decoder is {shown(decoder)}; it must be an object by ids")
     numbered: list[AddedToken] = []
     for i, value in decoder.items():
         token = _token("added_tokens_decoder", value, special=False)
         if not (str(i).isdecimal() and len(str(i)) < 10 and token.text):
             raise ValueError(
-                f"{folder} adds the token {token.text!r:.40} as id {i!r:.20}; ids are 0, 1, 2, ..."
+                f"{folder} adds the token {shown(token.text)} as id {shown(i)}; "
+                "ids are 0, 1, 2, ..."
             )
         numbered.append(token.at(int(i), special=token.special or token.text in named))
     yield from sorted(numbered, key=lambda token: token.id or 0)
@@ -180,7 +158,7 @@ def _token(key: str, value: Any, special: bool) -> AddedToken:
         return AddedToken(text=value, special=special, normalized=not special)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise ValueError(
-            f"{key} is {value!r:.60}; it must be a text, null or an object with `content`"
+            f"{key} is {shown(value)}; it must be a text, null or an object with `content`"
         )
     special = _flag(value, "special", special)
     return AddedToken(
@@ -195,8 +173,4 @@ def _token(key: str, value: Any, special: bool) -> AddedToken:
 
 def _flag(config: Mapping[str, Any], key: str, default: Any) -> Any:
     value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r:.40}; it must be true or false")
-    return value
+    return default if value is None else check_bool(key, value)
