@@ -46,7 +46,8 @@ class LanguageModel:
     Args:
         backend: Any backend; nobody else may use it.
         tokenizer: The checkpoint's.
-        folder: Where the tokenizer's files are, and the chat template.
+        folder: Where the checkpoint's chat template is.
+        template: Used instead of that one.
         name: Backend and device, such as "torch-compile/cpu".
         startup: Seconds and facts of loading and compiling, keys ending in their unit.
         defaults: Options of requests that name none, such as a checkpoint's own temperature.
@@ -59,6 +60,7 @@ class LanguageModel:
         tokenizer: Tokenizer,
         *,
         folder: Path | None = None,
+        template: ChatTemplate | None = None,
         name: str = "",
         startup: Mapping[str, Any] | None = None,
         defaults: RequestOptions | None = None,
@@ -71,7 +73,7 @@ class LanguageModel:
         self.defaults: RequestOptions = defaults or {}
         self.scheduler = Scheduler(backend, tokenizer, keep_prefixes=keep_prefixes)
         self._folder = folder
-        self._template: ChatTemplate | None = None
+        self._template = template
 
     def generate(
         self, *prompts: str | Sequence[int], n: int = 1, **options: Unpack[RequestOptions]
@@ -116,12 +118,19 @@ class LanguageModel:
                 yield event.text
 
     def chat(
-        self, messages: list[dict[str, Any]], **options: Unpack[RequestOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generator[str, None, None]:
         """Answers a conversation, yielding pieces of the answer.
 
         Args:
-            messages: Each with a "role" (system, user, assistant) and its "content".
+            messages: See ChatTemplate.render.
+            tools: See ChatTemplate.render.
+            documents: See ChatTemplate.render.
             options: See RequestOptions.
 
         Yields:
@@ -131,15 +140,22 @@ class LanguageModel:
             FileNotFoundError: The model was loaded without its folder.
             ValueError: There is no chat template, or it refuses the messages; or as stream.
         """
-        yield from self.stream(self.render(messages), **options)
+        prompt_ids = self.render(messages, tools=tools, documents=documents)
+        yield from self.stream(prompt_ids, **options)
 
-    def render(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
-        """Writes a conversation as a prompt's token ids, by the checkpoint's own template."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[int, ...]:
+        """Writes a conversation as a prompt's token ids; see ChatTemplate.render."""
         if self._template is None:
             if self._folder is None:
                 raise FileNotFoundError("this model has no folder with a chat template")
             self._template = ChatTemplate.load(self._folder)
-        text = self._template.render(messages)
+        text = self._template.render(messages, tools=tools, documents=documents)
         return tuple(self.tokenizer.encode(text, bos=False, special=True))
 
     def events(self, request: Request) -> Generator[Event, None, None]:

@@ -12,6 +12,7 @@ from .backend import StaticShape
 from .bundle.manifest import MANIFEST_NAME, Manifest, open_bundle
 from .language_model import LanguageModel, RequestOptions
 from .sampling import SamplingParams
+from .text.chat_template import ChatTemplate
 from .text.tokenizer import Tokenizer
 from .text.tokenizer_files import load_tokenizer
 from .typed_json import read_json
@@ -206,6 +207,7 @@ class Source:
         all_logits: bool = False,
         generation_config: bool = True,
         keep_prefixes: bool = False,
+        template: ChatTemplate | None = None,
         announce: Callable[[str], None] = logger.info,
         progress: Callable[[str], None] = lambda _: None,
     ) -> LanguageModel:
@@ -217,6 +219,7 @@ class Source:
             all_logits: Whether a checkpoint's backend can `score`.
             generation_config: As for the function.
             keep_prefixes: As for the function.
+            template: Used instead of the source's own.
             announce: As for the function.
             progress: As for the function.
 
@@ -238,6 +241,7 @@ class Source:
             backend,
             tokenizer,
             folder=self.folder,
+            template=template,
             name=name,
             startup=startup,
             defaults=defaults,

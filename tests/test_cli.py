@@ -665,3 +665,26 @@ def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch
     assert code == 0
     assert starts[0] == 0
     assert starts.count(0) == 1  # the second turn's prompt begins where the first one's rows end
+
+
+def test_tools_reach_the_template(run, refused, tiny: Path, tmp_path: Path, monkeypatch):
+    file, template = tmp_path / "tools.json", tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
+    )
+    prompts: list[str] = []
+    original = TorchBackend.prefill
+
+    def prefill(self, slot, ids, start):
+        prompts.append(load_tokenizer(tiny).decode(ids))
+        return original(self, slot, ids, start)
+
+    monkeypatch.setattr(TorchBackend, "prefill", prefill)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi")))
+    words = ("chat", tiny, *SIZES, "--backend", "eager", "--chat-template", template)
+    file.write_text('[{"name": "sun"}]')
+    code, _, _ = run(*words, "--tools", file, "--max-new-tokens", "1")
+    assert (code, "".join(prompts)) == (0, "sunhi")
+    for text in ("{", '{"name": "sun"}', "[1]", "[" * 100_000):
+        file.write_text(text)
+        refused("tools.json: not", *words, "--tools", file)

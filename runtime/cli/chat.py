@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ..language_model import LanguageModel
 from ..request import Request
-from ..text.chat_template import ChatTemplate
 from .commands import INTERRUPTED
 from .terminal import emit, say
 
@@ -17,10 +17,10 @@ MakeRequest = Callable[[tuple[int, ...]], Request]
 
 def chat(
     model: LanguageModel,
-    template: ChatTemplate,
     lines: Iterable[str],
     *,
     system: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
     make_request: MakeRequest,
 ) -> int:
     """Answers line by line, the whole conversation being each answer's prompt.
@@ -30,9 +30,9 @@ def chat(
 
     Args:
         model: What runs; with `keep_prefixes` a turn costs its own tokens alone.
-        template: Writes the conversation as a prompt.
         lines: What the user says.
         system: The system message, or None.
+        tools: Functions that the model is told of, as JSON schemas, or None.
         make_request: Adds the options to a prompt's ids.
 
     Returns:
@@ -41,7 +41,7 @@ def chat(
     Raises:
         ValueError: The template refuses the messages, or the logits can't be sampled from.
     """
-    conversation = _Conversation(model, template, system)
+    conversation = _Conversation(model, system, tools)
     try:
         for line in lines:
             match line.strip():
@@ -50,7 +50,7 @@ def chat(
                 case "/exit":
                     break
                 case "/reset":
-                    conversation = _Conversation(model, template, system)
+                    conversation = _Conversation(model, system, tools)
                     say("a new conversation")
                     continue
             _answer(model, conversation, line, make_request)
@@ -82,9 +82,14 @@ def _answer(
 class _Conversation:
     """Messages, and how many of them fit."""
 
-    def __init__(self, model: LanguageModel, template: ChatTemplate, system: str | None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        system: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> None:
         self._model = model
-        self._template = template
+        self._tools = tools
         self.messages = [{"role": "system", "content": system}] if system else []
         self._num_fixed = len(self.messages)
 
@@ -94,7 +99,7 @@ class _Conversation:
         room = max_seq_len - min(max_new_tokens, max_seq_len // 4)
         self.messages.append({"role": "user", "content": text})
         num_dropped = 0
-        while len(ids := self._encode()) > room:
+        while len(ids := self._model.render(self.messages, tools=self._tools)) > room:
             if len(self.messages) == self._num_fixed + 1:
                 del self.messages[-1]
                 say(f"the message makes a prompt of {len(ids)} tokens; {room} fit, so shorten it")
@@ -104,7 +109,3 @@ class _Conversation:
         if num_dropped:
             say(f"(the oldest {num_dropped} turns were left out: the cache holds {max_seq_len})")
         return ids
-
-    def _encode(self) -> tuple[int, ...]:
-        text = self._template.render(self.messages)
-        return tuple(self._model.tokenizer.encode(text, bos=False, special=True))

@@ -27,7 +27,7 @@ from ..text.tokenizer_files import load_tokenizer
 from .chat import chat
 from .commands import generate_texts, score_text
 from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
-from .input_text import checked_text, read_prompts, read_text, typed_lines
+from .input_text import checked_text, read_prompts, read_text, read_tools, typed_lines
 from .options import parse_words
 from .terminal import LineFormatter, emit, progress_bar, say, status
 from .text_table import format_table
@@ -203,20 +203,22 @@ def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
 def _chat(args: argparse.Namespace) -> int:
     options = _request_options(args)
     system = None if args.system is None else checked_text(args.system, "--system")
+    tools = None if args.tools is None else read_tools(args.tools)
     source = _open_source(args)
     template = ChatTemplate.load(source.folder, args.chat_template)
     with status() as progress:
         model = source.load(
             generation_config=not args.ignore_generation_config,
             keep_prefixes=True,
+            template=template,
             announce=say,
             progress=progress,
         )
     return chat(
         model,
-        template,
         typed_lines(),
         system=system,
+        tools=tools,
         make_request=lambda ids: model.request(ids, **options),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "checked_text", "read_prompts", "read_text", "typed_lines"]
+__all__ = ["Prompt", "checked_text", "read_prompts", "read_text", "read_tools", "typed_lines"]
 
 _MAX_BYTES = 1 << 30
 
@@ -90,6 +90,30 @@ def read_text(file: Path) -> str:
     if file.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{file}: {file.stat().st_size} bytes; a text has at most {_MAX_BYTES}")
     return _decode(file.read_bytes(), str(file))
+
+
+def read_tools(file: Path) -> list[dict[str, Any]]:
+    """Reads the functions that a chat's model is told of.
+
+    Args:
+        file: A JSON list of objects, as OpenAI's clients send them.
+
+    Returns:
+        The objects.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else.
+    """
+    try:
+        tools = json.loads(read_text(file))
+    except RecursionError:
+        tools = None
+    except json.JSONDecodeError:
+        raise ValueError(f"{file}: not JSON") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{file}: not a list of objects, each a function's description")
+    return tools
 
 
 def typed_lines() -> Iterator[str]:

@@ -135,6 +135,9 @@ def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) 
     talk.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="jinja (default: the model's own)"
     )
+    talk.add_argument(
+        "--tools", type=Path, metavar="FILE", help="JSON list of functions (default: none)"
+    )
     _add_sampling_options(talk)
     score = add(
         "score", "perplexity of a text", "llamac score ./Llama-3.2-1B --text-file essay.txt"
