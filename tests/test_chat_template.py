@@ -312,7 +312,7 @@ def test_a_devices_bytes_are_no_template(folder, tmp_path):
     with pytest.raises(ValueError, match="not a file"):
         ChatTemplate.load(folder(), Path("/dev/zero"))
     (tmp_path / "big.jinja").write_bytes(b"a" * (2**20 + 1))
-    with pytest.raises(ValueError, match="more than 1 MiB"):
+    with pytest.raises(ValueError, match="larger than 1 MiB"):
         ChatTemplate.load(folder(), tmp_path / "big.jinja")
 
 

@@ -602,7 +602,7 @@ def test_replacements_that_fill_the_memory_are_refused(copied, where):
 def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
     with (tmp_path / name).open("wb") as stream:
         stream.truncate(2**33)
-    with pytest.raises(ValueError, match=f"{name}: more than 64 MiB"):
+    with pytest.raises(ValueError, match=f"{name}: larger than 64 MiB"):
         load_tokenizer(tmp_path)
 
 
