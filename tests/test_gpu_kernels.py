@@ -1,6 +1,16 @@
-"""The GPU's kernels against torch in float64."""
+"""The GPU's kernels against torch in float64: on a GPU, or on a CPU in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so that without a GPU the cases run in a process
+of their own.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,35 +20,86 @@ from llamac.model.kernels.live_attention import attend_live
 from llamac.model.linear import multiply_one
 from llamac.model.tables import causal_mask
 
-pytestmark = [
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+anywhere = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()),
+    reason="no CUDA device; test_the_kernels_in_tritons_interpreter runs this",
+)
 
 # A few roundings of the result, and in float32 of scores near 10, which exponentials turn into
 # relative errors.
 ALLOWED_ERROR = {"float32": 4e-6, "float16": 2e-3, "bfloat16": 2e-2}
+
+DTYPES = [
+    "float32",
+    "float16",
+    pytest.param(
+        "bfloat16",
+        marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter's bfloat16 dot is garbage"),
+    ),
+]
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.double() - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def check_attention(
+    attend: Callable[..., torch.Tensor],
+    dtype: str,
+    num_heads: tuple[int, int],
+    num_tokens: int,
+    rows: int,
+    head_dim: int,
+    positions: list[int],
+) -> None:
+    """Compares with torch; whatever no query may see is NaN, one whole slot among it."""
+    torch.manual_seed(0)
+    batch = len(positions)
+    heads, kv_heads = num_heads
+    options = {"dtype": getattr(torch, dtype), "device": DEVICE}
+    q = torch.randn(batch, num_tokens, heads, head_dim, **options).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, rows, head_dim, **options) for _ in range(2))
+    starts = torch.tensor(positions, device=DEVICE)
+    mask = causal_mask(starts, num_tokens, rows)
+    scale = 0.7 * head_dim**-0.5
+    expected = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), mask, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
+
+    dead = ~mask[:, :, -1, :, None]  # rows past the last token's
+    slots = torch.arange(batch, 0, -1, device=DEVICE)  # in another order, the first unused
+    caches = [torch.full((batch + 1, *x.shape[1:]), float("nan"), **options) for x in (k, v)]
+    for cache, x in zip(caches, (k, v), strict=True):
+        cache[slots] = x.masked_fill(dead, float("nan"))
+    out = attend(q, *caches, starts, slots, scale)
+    assert out.shape == (batch, num_tokens, heads, head_dim)
+    assert out.is_contiguous()
+    assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
+
+
+@anywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_processors", [1, 64])  # one split, several
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "num_tokens", "rows", "head_dim", "positions"),
     [
-        (4, 4, 1, 64, 8, [0]),  # a lone token
-        (8, 2, 1, 200, 64, [199, 3, 64]),  # slots of different lengths, one of them full
-        (6, 2, 1, 300, 80, [100, 299, 450]),  # the last one's window has rolled
-        (32, 8, 1, 8192, 128, [8191]),
-        (8, 2, 5, 130, 16, [60]),
-        (8, 1, 33, 512, 128, [479]),  # a chunk that ends in the last row
-        (32, 8, 128, 8192, 128, [5000]),
-        (4, 2, 16, 100, 256, [0, 84]),
+        (2, 2, 1, 64, 16, [0]),  # a lone token
+        (6, 2, 1, 150, 80, [100, 149, 450]),  # slots of different lengths; a rolled window
+        (8, 2, 1, 130, 64, [129, 3, 64]),
+        (8, 1, 9, 100, 96, [91]),  # a chunk that ends in the last row
+        (4, 1, 5, 130, 128, [60]),
     ],
 )
 def test_live_rows_alone_are_attended(
+    monkeypatch: pytest.MonkeyPatch,
+    num_processors: int,
     dtype: str,
     heads: int,
     kv_heads: int,
@@ -47,32 +108,79 @@ def test_live_rows_alone_are_attended(
     head_dim: int,
     positions: list[int],
 ):
-    torch.manual_seed(0)
-    batch = len(positions)
-    options = {"dtype": getattr(torch, dtype), "device": "cuda"}
-    q = torch.randn(batch, num_tokens, heads, head_dim, **options).transpose(1, 2)
-    k, v = (torch.randn(batch, kv_heads, rows, head_dim, **options) for _ in range(2))
-    starts = torch.tensor(positions, device="cuda")
-    mask = causal_mask(starts, num_tokens, rows)
-    expected = F.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), mask, enable_gqa=True
-    ).transpose(1, 2)
+    from llamac.model.kernels import gpu
 
-    dead = ~mask[:, :, -1, :, None]  # rows past the last token's
-    k, v = k.masked_fill(dead, float("nan")), v.masked_fill(dead, float("nan"))
-    out = attend_live(q, k, v, starts, mask)
-    assert out.shape == (batch, num_tokens, heads, head_dim)
-    assert out.is_contiguous()
-    assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
+    monkeypatch.setattr(gpu, "_num_processors", lambda _: num_processors)
+
+    def attend(q, k_cache, v_cache, positions, slots, scale):
+        return gpu.attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale)
+
+    check_attention(attend, dtype, (heads, kv_heads), num_tokens, rows, head_dim, positions)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("width", "num_rows"), [(1, 1), (65, 7), (2048, 256), (5632, 2049)])
+@anywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "num_rows"), [(1, 1), (65, 7), (2048, 5), (2100, 3)])
 def test_one_row_times_a_weight(dtype: str, width: int, num_rows: int):
+    from llamac.model.kernels.gpu import multiply_one_on_gpu
+
+    check_product(multiply_one_on_gpu, dtype=dtype, width=width, num_rows=num_rows)
+
+
+def check_product(multiply, *, dtype: str, width: int, num_rows: int) -> None:
     torch.manual_seed(0)
-    options = {"dtype": getattr(torch, dtype), "device": "cuda"}
+    options = {"dtype": getattr(torch, dtype), "device": DEVICE}
     x, weight = torch.randn(1, width, **options), torch.randn(num_rows, width, **options)
-    out = multiply_one(x, weight)
+    out = multiply(x, weight)
     assert out.shape == (1, num_rows)
-    expected = x.double() @ weight.double().t()
-    assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
+    assert relative_error(out, x.double() @ weight.double().t()) < ALLOWED_ERROR[dtype]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_in_tritons_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-W", "ignore::RuntimeWarning"],  # of numpy's, about values that are not stored
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "28 passed" in done.stdout, done.stdout[-4000:]
+
+
+class TestOnAGpu:
+    """The operators, in the sizes that models have."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "num_tokens", "rows", "head_dim", "positions"),
+        [
+            (32, 8, 1, 8192, 128, [8191]),
+            (8, 1, 33, 512, 128, [479]),
+            (32, 8, 128, 8192, 128, [5000]),
+            (4, 2, 16, 100, 256, [0, 84]),
+        ],
+    )
+    def test_attention(
+        self,
+        dtype: str,
+        heads: int,
+        kv_heads: int,
+        num_tokens: int,
+        rows: int,
+        head_dim: int,
+        positions: list[int],
+    ):
+        sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
+        check_attention(attend_live, dtype, *sizes)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize(("width", "num_rows"), [(2048, 256), (5632, 2049)])
+    def test_product(self, dtype: str, width: int, num_rows: int):
+        check_product(multiply_one, dtype=dtype, width=width, num_rows=num_rows)

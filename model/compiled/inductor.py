@@ -25,6 +25,7 @@ __all__ = ["cache_misses", "compiler", "compiler_problem", "compiler_version"]
 logger = logging.getLogger(__name__)
 
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_ROOM = "free space on its disk, or set XDG_CACHE_HOME to a folder that can be written"
 
 
 def compiler_problem() -> str | None:
@@ -122,24 +123,31 @@ def _failures_in_one_line() -> Iterator[None]:
     """Names what failed and what to do; torch's own account goes to the log."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise _unavailable(error, _fault(error), _ROOM) from error
+    except RuntimeError as error:
         from torch._dynamo.exc import BackendCompilerFailed
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-        known = (OSError, BackendCompilerFailed, CppCompileError, InvalidCxxCompiler)
-        if not isinstance(error, known):
-            raise
-        logger.debug("torch.compile failed", exc_info=True)
         cause = getattr(error, "inner_exception", error)
         if isinstance(cause, CppCompileError):
+            words = ("error", "failed", "No space")
             lines = cause.output.splitlines() or ["no output"]
-            fault = next((line for line in lines if "error" in line), lines[-1])
-            remedy = "free space on its disk, or set CXX"
-            text = f"the C++ compiler failed: {fault.strip()}"
-        else:
-            text = f"torch.compile failed: {' '.join(str(cause).split())[:300]}"
-            remedy = "free space on its disk, or set XDG_CACHE_HOME to a folder that can be written"
-        raise BackendUnavailableError(f"{text}; {remedy}, or use --backend eager") from error
+            fault = next((line for line in lines if any(word in line for word in words)), lines[-1])
+            what = f"the C++ compiler failed: {fault.strip()}"
+            raise _unavailable(error, what, "free space on its disk, or set CXX") from error
+        if isinstance(error, BackendCompilerFailed | InvalidCxxCompiler):
+            raise _unavailable(error, _fault(cause), _ROOM) from error
+        raise
+
+
+def _fault(error: BaseException) -> str:
+    return f"torch.compile failed: {' '.join(str(error).split())[:300]}"
+
+
+def _unavailable(error: BaseException, what: str, remedy: str) -> BackendUnavailableError:
+    logger.debug("torch.compile failed", exc_info=error)
+    return BackendUnavailableError(f"{what}; {remedy}, or use --backend eager")
 
 
 @contextlib.contextmanager
