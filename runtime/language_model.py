@@ -156,7 +156,12 @@ class LanguageModel:
                 raise FileNotFoundError("this model has no folder with a chat template")
             self._template = ChatTemplate.load(self._folder)
         text = self._template.render(messages, tools=tools, documents=documents)
-        return tuple(self.tokenizer.encode(text, bos=False, special=True))
+        if not (ids := self.tokenizer.encode(text, bos=False, special=True)):
+            raise ValueError(
+                "the chat template writes nothing for these messages; give another with "
+                "--chat-template"
+            )
+        return tuple(ids)
 
     def events(self, request: Request) -> Generator[Event, None, None]:
         """Runs one request, yielding its events; see scheduler.stream."""

@@ -209,6 +209,7 @@ def test_values_of_another_type_are_refused_by_name(folder, kind, config, messag
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(where)
     assert len(str(caught.value)) < 400
+    assert str(where) in str(caught.value)  # the value used to be shown without its place
 
 
 @pytest.mark.parametrize("kind", ["model", "json"])

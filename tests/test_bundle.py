@@ -255,6 +255,14 @@ def test_what_is_no_manifest_of_this_version_is_refused(bundle: Path, text: str,
     assert_refused(bundle, "bundle.json", message)
 
 
+def test_a_manifest_that_cannot_be_read_is_named(bundle: Path):
+    """Only "Input/output error" used to be said."""
+    path = bundle / "bundle.json"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    assert_refused(bundle, "bundle.json", "can't be read")
+
+
 def test_a_foreign_file_is_refused_but_reports_may_come_and_go(bundle: Path, exported: Manifest):
     (bundle / "reports").mkdir()
     (bundle / "reports" / "verify.json").write_text("{}")

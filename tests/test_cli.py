@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llamac.model.checkpoint import open_checkpoint
@@ -238,6 +239,19 @@ def test_score_equals_transformers(run, tiny: Path, tmp_path: Path):
     assert windowed["ids"] == ids[1:]
     assert windowed["logprobs"][:7] == pytest.approx(expected[:7], abs=1e-5)
     assert windowed["logprobs"][7] != pytest.approx(expected[7], abs=1e-5)
+
+
+def test_a_perplexity_past_every_number_is_refused(run, damaged: Path, tmp_path: Path):
+    """It used to end in "math range error"."""
+    path, file = damaged / "model-00002-of-00002.safetensors", tmp_path / "text.txt"
+    weights = load_file(path)
+    weights["lm_head.weight"] *= 1e9
+    save_file(weights, path)
+    file.write_text("Twenty bytes of text")
+    words = ("score", damaged, "--backend", "eager", "--text-file", file)
+    code, out, err = run(*words, *SIZES)
+    assert (code, out) == (2, "")
+    assert re.search("llamac: the text's mean logprob is -.*; the weights may be damaged\n$", err)
 
 
 def test_chat_answers_every_line(run, tiny: Path, tmp_path: Path, monkeypatch):
@@ -665,6 +679,17 @@ def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch
     assert code == 0
     assert starts[0] == 0
     assert starts.count(0) == 1  # the second turn's prompt begins where the first one's rows end
+
+
+def test_a_template_that_writes_nothing(run, tiny: Path, tmp_path: Path, monkeypatch):
+    """The message used to be about a prompt that nobody had given."""
+    template = tmp_path / "empty.jinja"
+    template.write_text("{% if tools %}{{ tools }}{% endif %}")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi")))
+    words = ("chat", tiny, *SIZES, "--backend", "eager", "--chat-template", template)
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert "llamac: the chat template writes nothing for these messages; give another" in err
 
 
 def test_tools_reach_the_template(run, refused, tiny: Path, tmp_path: Path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..atomic_write import PARTIAL_SUFFIX
 from ..backend import StaticShape
+from ..side_file import named_errors
 from ..typed_json import to_dataclass
 from .known_files import is_marked, mark_path, set_mark
 
@@ -250,8 +251,10 @@ def _read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(f"{folder}: not a bundle, it has no {MANIFEST_NAME}")
     if not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise ValueError(f"{path}: not a bundle's manifest; export again")
+    with named_errors(path):
+        raw = path.read_bytes()
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(raw)
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: damaged, not JSON; export again") from None
     if not isinstance(data, dict) or "format" not in data:

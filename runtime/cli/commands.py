@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,6 +102,8 @@ def score_text(model: LanguageModel, text: str, *, as_json: bool) -> int:
     if not scored:
         raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
     mean = sum(logprob for _, logprob in scored) / len(scored)
+    if -mean > math.log(sys.float_info.max):
+        raise ValueError(f"the text's mean logprob is {mean:.4g}; the weights may be damaged")
     perplexity = math.exp(-mean)
     if as_json:
         result = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def special_texts(folder: Path) -> dict[str, str | None]:
     Raises:
         ValueError: A file is not a JSON object, or a token isn't one.
     """
-    return {key: token and token.text for key, token in _named(*_read(folder)).items()}
+    with _named_folder(folder):
+        return {key: token and token.text for key, token in _named(*_read(folder)).items()}
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
@@ -69,7 +71,13 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
     Source: the rules of transformers 5.24's `PreTrainedTokenizerBase._from_pretrained`.
     """
-    config, special_map = _read(folder)
+    with _named_folder(folder):
+        return _tokenizer_config(folder, *_read(folder))
+
+
+def _tokenizer_config(
+    folder: Path, config: dict[str, Any], special_map: dict[str, Any]
+) -> TokenizerConfig:
     named = _named(config, special_map)
     extra = [*_extra(config), *_extra(special_map)]
     texts = {key: token and token.text for key, token in named.items()}
@@ -95,6 +103,18 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         other_class=bool(name) and not name.startswith(("Llama", "CodeLlama")),
         spaces=spaces,
     )
+
+
+@contextlib.contextmanager
+def _named_folder(folder: Path) -> Iterator[None]:
+    """Says where a value stands that was refused; which of the files it was in is forgotten."""
+    try:
+        yield
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        place = folder / "tokenizer_config.json"
+        raise ValueError(f"{place} or a file beside it: {error}") from None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

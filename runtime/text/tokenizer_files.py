@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..side_file import read_side_file
 from ..typed_json import read_json, shown
@@ -45,10 +44,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the checkpoint's folder")
     config = read_tokenizer_config(folder)
-    generation, model = (
-        read_json(folder / f"{n}.json", optional=True) for n in ("generation_config", "config")
-    )
-    num_rows = _num_rows(model) or _num_rows(read_json(folder / "params.json", optional=True))
+    num_rows = _num_rows(folder / "config.json") or _num_rows(folder / "params.json")
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     if json_file.is_file():
         data = read_side_file(json_file).removeprefix(b"\xef\xbb\xbf")
@@ -63,18 +59,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"no tokenizer in {folder}; copy the checkpoint's tokenizer.json or tokenizer.model in"
         )
-    return _with_ends(tokenizer, token_id, config, generation, model)
+    return _with_ends(tokenizer, token_id, config, folder)
 
 
 def _with_ends(
     tokenizer: Tokenizer,
     token_id: Callable[[str], int | None],
     config: TokenizerConfig,
-    generation: dict[str, Any],
-    model: dict[str, Any],
+    folder: Path,
 ) -> Tokenizer:
     """Adds the ids that begin and end a sequence."""
     size = tokenizer.vocab_size
+    model, generation = folder / "config.json", folder / "generation_config.json"
     own_bos = _own("bos_token", "<s>", token_id, config)
     own_eos = _own("eos_token", "</s>", token_id, config)
     bos = [tokenizer.bos_id]
@@ -106,16 +102,19 @@ def _own(
     return {} if text is None or found is None else {text: found}
 
 
-def _num_rows(config: dict[str, Any]) -> int | None:
-    size = config.get("vocab_size")  # Meta's params.json says -1 for "see the tokenizer"
+def _num_rows(path: Path) -> int | None:
+    size = read_json(path, optional=True).get("vocab_size")
+    # Meta's params.json says -1 for "see the tokenizer"
     return size if type(size) is int and 0 < size < 2**31 else None
 
 
-def _ids(config: dict[str, Any], key: str, size: int) -> list[int]:
-    value = config.get(key)
+def _ids(path: Path, key: str, size: int) -> list[int]:
+    value = read_json(path, optional=True).get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{key} is {shown(value)}; it must be a token id or a list of them")
+        raise ValueError(
+            f"{path}: {key} is {shown(value)}; it must be a token id or a list of them"
+        )
     if unknown := [i for i in ids if not 0 <= i < size]:
         logger.warning("%s names %s, but the tokenizer has only %d ids", key, shown(unknown), size)
     return [i for i in ids if 0 <= i < size]

@@ -17,7 +17,8 @@ OUTCOMES = ("refused", "accepted", *FAULTS)
 _MAX_LINE = 480  # a message of 400, and the words around it
 _OPTIONS = (" --", "max_seq_len")
 _NOTE = re.compile(
-    r"warning: |WARNING: |weights .+, cache |\[(torch|ort)-|report: |the message makes a prompt of"
+    r"warning: |WARNING: |weights .+, cache |\[(torch|ort)-|report: "
+    r"|the message makes a prompt of |\(the oldest "
 )
 
 
