@@ -5,12 +5,13 @@ The tests share a backend and leave garbage in its cache on purpose: no result m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -61,6 +62,15 @@ BACKENDS: dict[str, Callable[[Path], Backend]] = {
     "ort fused": partial(ort_backend, target="cpu"),  # GroupQueryAttention
     "ort standard": partial(ort_backend, target="tensorrt"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads of a model this small mostly wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(

@@ -18,8 +18,8 @@ from llamac.model.demo.stories import accepts, explain, make_story, stories
 from llamac.model.demo.train import train, train_tokenizer
 from llamac.model.llama import Llama
 from llamac.model.load import DEMO_FOLDER as DEMO
-from llamac.model.load import load
 from llamac.runtime.language_model import LanguageModel
+from llamac.runtime.load import load
 
 # The test scores 100 of the card's 500 held-out stories.
 PERPLEXITY_TOLERANCE = 0.02
@@ -93,7 +93,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: SentencePieceProcessor, text
 
 @pytest.fixture(scope="module")
 def language_model() -> LanguageModel:
-    return load(DEMO, compile=False)
+    return load(DEMO, backend="eager")
 
 
 def test_the_greedy_story_is_accepted(language_model: LanguageModel) -> None:
