@@ -213,7 +213,7 @@ def _same_json(new: bytes, raw: bytes) -> bool:
 
 
 def _odd_options(rng: Random, seeds: Seeds, copy: Callable[[str], Path]) -> Trial:
-    command = rng.choice(["generate"] * 5 + ["run"] * 5 + [*COMMANDS])
+    command = rng.choice(["generate"] * 20 + ["run"] * 20 + [*COMMANDS] * 2)
     seed = "bundle" if command in ("run", "inspect", "verify") else "hf"
     copy(seed)
     argv = sound_command(command, seed)

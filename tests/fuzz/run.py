@@ -24,6 +24,9 @@ from random import Random
 sys.path.append(str(Path(__file__).parents[1]))  # the tests, whose tiny models these are
 
 # Imported once, not in every try.
+import sentencepiece  # noqa: F401
+import tiktoken  # noqa: F401
+import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401
 from judge import FAULTS, OUTCOMES, Ended, fingerprint, judge
 from kinds import KINDS, Trial, make_trial, seal_manifest
@@ -31,6 +34,7 @@ from seeds import Seeds, make_seeds
 from worker import Worker, limit_resources
 
 import llamac.export.verify  # noqa: F401
+import llamac.runtime.cli.dispatch  # noqa: F401
 import llamac.runtime.ort.ort_backend  # noqa: F401
 from llamac.runtime.cli import main as llamac
 
