@@ -6,6 +6,7 @@ killed leaves `.NAME.partial`, which opening refuses and the next export to NAME
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from ..runtime.bundle.manifest import (
     open_bundle,
 )
 from ..runtime.memory import format_bytes
+from ..runtime.text.tokenizer_files import load_tokenizer
 from ..runtime.typed_json import shown
 from .graphs import TARGETS, GraphSpec, save_graph, trace_graph
 from .weights import WeightPlan, plan_weights, write_rope_tables, write_weights
@@ -77,7 +79,7 @@ def export_bundle(
 
     Raises:
         ValueError: An argument is out of range, `out` is in use, a weight does not fit the dtype,
-            or the disk is too small; nothing is left behind.
+            the tokenizer is damaged, or the disk is too small; nothing is left behind.
     """
     config = checkpoint.config
     shape = static_shape(
@@ -85,6 +87,8 @@ def export_bundle(
     )
     dtypes = _target_dtypes(config, targets, dtype)
     _check_cache(config, shape)
+    with contextlib.suppress(FileNotFoundError):  # a bundle may be fed ids alone
+        load_tokenizer(checkpoint.folder)
     out = Path(os.path.abspath(out))
     with new_folder(out) as folder:
         plans = plan_weights(checkpoint, tuple(dict.fromkeys(dtypes.values())))

@@ -41,9 +41,9 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-3 <= self.repetition_penalty <= 1e3:  # beyond, logits leave float64's range
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite"
+                f"repetition_penalty is {self.repetition_penalty}; it must be in [0.001, 1000]"
             )
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or above and finite")

@@ -21,6 +21,7 @@ from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
+from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.bundle.manifest import (
     FileRecord,
     GraphFile,
@@ -325,7 +326,7 @@ def test_a_tokenizer_may_be_added_where_there_is_none(bundle: Path, exported: Ma
 def test_a_second_tokenizer_is_refused(checkpoint: Path, tmp_path: Path):
     """It would win over the one that was exported."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    (folder / "tokenizer.model").write_text("")
+    shutil.copy(DEMO_FOLDER / "tokenizer.model", folder)
     out = export_bundle(open_checkpoint(folder), tmp_path / "bundle", **SIZES).folder
     (out / "tokenizer.json").write_text("{}")
     assert_refused(out, "tokenizer.json", "not part of this bundle; remove it")
@@ -465,6 +466,15 @@ def test_no_byte_can_change_unnoticed(exported: Manifest, tmp_path: Path):
             assert "\n" not in error
 
     check()
+
+
+def test_a_damaged_tokenizer_is_not_exported(checkpoint: Path, tmp_path: Path):
+    """It used to be copied; only who ran the bundle was told."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    with pytest.raises(ValueError, match=r"tokenizer\.model has no token for byte 0"):
+        export_bundle(open_checkpoint(folder), tmp_path / "out", **SIZES)
+    assert not (tmp_path / "out").exists()
 
 
 def test_editing_the_checkpoint_in_place_is_found(checkpoint: Path, tmp_path: Path):

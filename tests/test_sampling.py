@@ -312,6 +312,7 @@ def test_top_logprobs_are_ranked_with_ties_to_the_lower_id():
         ({"min_p": 1.1}, "min_p is 1.1"),
         ({"min_p": math.nan}, "min_p is nan"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty is 1e-320; it must be in"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
     ],
