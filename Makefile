@@ -5,8 +5,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := torch,export,cpu,dev
-# Whole files to a worker, those with slow tests first.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Whole files to a worker, those with slow tests first. A worker a core: with more threads they
+# would wait for each other, spinning.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STORY := --prompt "Once upon a time" --seed 0
 
 .PHONY: demo test quick check bench tensorrt-options clean
