@@ -417,6 +417,16 @@ def test_tokenizer_json_wins_and_differing_sizes_warn(folders, copied, caplog):
 # damaged files
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_link_to_nowhere_is_no_missing_tokenizer(copied, name):
+    """An export went on without a tokenizer, and generate said that there was none."""
+    path = copied("ranks") / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("blobs/0123")
+    with pytest.raises(ValueError, match=f"{name}: not a file, or a link to nowhere"):
+        load_tokenizer(path.parent)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer in"):
         load_tokenizer(tmp_path)
@@ -562,7 +572,6 @@ def test_a_changed_byte_of_a_sentencepiece_model_names_the_file(folders, tmp_pat
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda spec: spec["model"].update(continuing_subword_prefix="😀"), "hello"),
         (
             lambda spec: spec.update(
                 pre_tokenizer={
@@ -584,6 +593,18 @@ def test_a_panic_names_the_file(copied, capfd, change, text):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=r"tokenizer\.json .*copy the file again"):
         load_tokenizer(folder).encode(text)
+
+
+def test_marks_of_parts_of_words_are_refused(copied, capfd):
+    """The library panicked on some of them, and printed that itself."""
+    folder = copied("byte_level")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for value in ("##", 5, "😀"):
+        spec["model"]["continuing_subword_prefix"] = value
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(ValueError, match=r"tokenizer\.json marks parts of words"):
+            load_tokenizer(folder)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("where", ["normalizer", "decoder"])

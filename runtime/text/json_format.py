@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # How many characters a normalizer or decoder may make of one. Llama's replace one by one.
 _MAX_GROWTH = 64
+_WORD_PARTS = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*+(?!null\b|"")')
 
 
 def load_json(
@@ -45,6 +46,8 @@ def load_json(
     """
     import tokenizers
 
+    if _WORD_PARTS.search(data):  # the library panics on some, and writes to stderr
+        raise ValueError(f"{path} marks parts of words, as no LLaMA's does; copy the file again")
     with library_errors(f"{path} is not a tokenizer"):
         library = tokenizers.Tokenizer.from_buffer(data)
     library.no_truncation()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,12 +47,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = read_tokenizer_config(folder)
     num_rows = _num_rows(folder / "config.json") or _num_rows(folder / "params.json")
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
-    if json_file.is_file():
+    if _is_there(json_file):
         data = read_side_file(json_file).removeprefix(b"\xef\xbb\xbf")
         tokenizer, token_id = load_json(json_file, data, config, num_rows)
-        if model_file.is_file():
+        if _is_there(model_file):
             _compare_sizes(tokenizer, model_file)
-    elif model_file.is_file():
+    elif _is_there(model_file):
         data = read_side_file(model_file)
         load = load_ranks if _is_rank_file(data) else load_sentencepiece
         tokenizer, token_id = load(model_file, data, config, num_rows)
@@ -100,6 +101,13 @@ def _own(
         text = default
     found = token_id(text) if text else None
     return {} if text is None or found is None else {text: found}
+
+
+def _is_there(path: Path) -> bool:
+    """A link to nowhere, as half a download leaves it, is not the same as no file."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path}: not a file, or a link to nowhere; copy it again")
+    return path.is_file()
 
 
 def _num_rows(path: Path) -> int | None:
