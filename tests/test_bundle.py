@@ -620,11 +620,13 @@ print(json.dumps({"states": states, "last": last}))
 
 
 @pytest.mark.slow
-def test_kill_9_at_ten_moments_leaves_nothing_that_looks_finished(checkpoint: Path, tmp_path: Path):
+def test_kill_9_at_five_moments_leaves_nothing_that_looks_finished(
+    checkpoint: Path, tmp_path: Path
+):
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     before = {path.name: hash_file(path) for path in (tmp_path / "checkpoint").iterdir()}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED_EXPORTS, str(tmp_path), "10"],
+        [sys.executable, "-W", "ignore", "-c", KILLED_EXPORTS, str(tmp_path), "5"],
         capture_output=True,
         text=True,
         check=False,
