@@ -681,15 +681,24 @@ def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch
     assert starts.count(0) == 1  # the second turn's prompt begins where the first one's rows end
 
 
-def test_a_template_that_writes_nothing(run, tiny: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if tools %}{{ tools }}{% endif %}", "writes nothing for these messages; give another"),
+        ("{{ '\\ud800' }}", r"writes half a character \(a surrogate\); give another"),
+    ],
+)
+def test_a_template_that_writes_no_prompt(
+    run, tiny: Path, tmp_path: Path, monkeypatch, source: str, message: str
+):
     """The message used to be about a prompt that nobody had given."""
-    template = tmp_path / "empty.jinja"
-    template.write_text("{% if tools %}{{ tools }}{% endif %}")
+    template = tmp_path / "odd.jinja"
+    template.write_text(source)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi")))
     words = ("chat", tiny, *SIZES, "--backend", "eager", "--chat-template", template)
     code, out, err = run(*words)
     assert (code, out) == (2, "")
-    assert "llamac: the chat template writes nothing for these messages; give another" in err
+    assert re.search(f"llamac: the chat template {message}", err)
 
 
 def test_tools_reach_the_template(run, refused, tiny: Path, tmp_path: Path, monkeypatch):

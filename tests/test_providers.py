@@ -120,6 +120,19 @@ def test_a_graph_with_names_that_are_not_text_is_refused(tmp_path: Path):
         open_session(path, SessionOptions(provider="cpu"))
 
 
+def test_onnx_runtime_prints_nothing_of_its_own(tmp_path: Path, capfd):
+    """Of a graph with everything twice it warned on stderr, in colours."""
+    path = save_graph(tmp_path / "graph.onnx", "MatMul")
+    model = onnx.load(path)
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [2, 2], [0.0] * 4)
+    model.graph.initializer.extend([weight, weight])
+    path.write_bytes(model.SerializeToString() * 2)
+    onnxruntime.set_default_logger_severity(2)  # its default, which other tests may have changed
+    with pytest.raises(BackendUnavailableError, match=r"cannot run graph\.onnx: "):
+        open_session(path, SessionOptions(provider="cpu"))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_node_that_another_provider_took_is_refused(tmp_path: Path, provider: str):
     """Checked on what ONNX Runtime reports of a session whose nodes did go to the CPU."""

@@ -167,9 +167,9 @@ def open_session(path: Path, options: SessionOptions) -> Any:
     if options.provider != "cpu":
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        # TensorRT says in its log which node it refuses, and only there.
-        settings.log_severity_level = _LOG_ERRORS
-        ort.set_default_logger_severity(_LOG_ERRORS)
+    # Of a damaged graph it would warn in colours; TensorRT names the node it refuses as an error.
+    settings.log_severity_level = _LOG_ERRORS
+    ort.set_default_logger_severity(_LOG_ERRORS)
     with named_errors(f"--provider {options.provider} cannot run {path.name}"):
         session = ort.InferenceSession(
             os.fspath(path),
