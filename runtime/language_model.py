@@ -156,11 +156,6 @@ class LanguageModel:
                 raise FileNotFoundError("this model has no folder with a chat template")
             self._template = ChatTemplate.load(self._folder)
         text = self._template.render(messages, tools=tools, documents=documents)
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(
-                "the chat template writes half a character (a surrogate); give another with "
-                "--chat-template"
-            )
         if not (ids := self.tokenizer.encode(text, bos=False, special=True)):
             raise ValueError(
                 "the chat template writes nothing for these messages; give another with "

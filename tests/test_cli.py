@@ -103,7 +103,7 @@ def test_version(run):
 
 
 def test_text_is_prompt_and_continuation(run, tiny: Path):
-    code, out, err = run(*eager(tiny, "--prompt", "ab", "--max-new-tokens", "4", "--stop-id", "9"))
+    code, out, err = run(*eager(tiny, "--prompt", "ab", "--max-new-tokens", "4", "--ignore-eos"))
     assert code == 0
     assert out.startswith("ab")
     assert out.endswith("\n")
@@ -685,7 +685,7 @@ def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch
     ("source", "message"),
     [
         ("{% if tools %}{{ tools }}{% endif %}", "writes nothing for these messages; give another"),
-        ("{{ '\\ud800' }}", r"writes half a character \(a surrogate\); give another"),
+        ("{{ '\\ud800' }}", "failed: the text is not UTF-8: character 0 is U\\+D800"),
     ],
 )
 def test_a_template_that_writes_no_prompt(

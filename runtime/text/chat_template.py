@@ -142,12 +142,15 @@ class ChatTemplate:
             "documents": documents,
         }
         answer = self._process.ask({"source": self.source, "variables": variables})
+        try:
+            check_text(answer.get("text", ""))
+        except ValueError as error:
+            answer = {"error": str(error)}
         if "error" in answer:
             raise ValueError(
                 f"the chat template failed: {_one_line(answer['error'])}; "
                 "change the messages or give another with --chat-template"
             )
-        check_text(answer["text"])
         return answer["text"]
 
 
