@@ -96,6 +96,7 @@ def expected_logits(variant: str, ids: Sequence[int]) -> NDArray[np.float32]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_families_equal_one_forward(bundles: Callable[[str], Manifest], variant: str, target: str):

@@ -17,6 +17,8 @@ from llamac.perf.plan import Entry, Plan
 from llamac.perf.reference import Reference, judge
 from llamac.runtime.compare import TOLERANCE
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,

@@ -99,6 +99,7 @@ def test_a_read_only_bundle_is_verified(read_only_demo: Path, run):
     assert f"no report is kept: {reports} can't be written (Read-only file system)" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 2), (2, 2, 6), (2, 1, 100)]
 )
