@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ def find_model(
         if not (folder / "tokenizer.json").exists():
             write_stand_in_tokenizer(folder, config.vocab_size)
     else:
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
     checkpoint = open_checkpoint(folder if folder.exists() else str(name))
     bundle = folder if (folder / MANIFEST_NAME).exists() else None
     return Model(

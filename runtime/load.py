@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
         FileNotFoundError: There is no such source.
         ValueError: The source or an option is refused.
     """
-    path = None if source is None else Path(source).expanduser()
+    path = None if source is None else Path(os.path.expanduser(source))
     is_bundle = path is not None and (path / MANIFEST_NAME).exists()
     backend = options.get("backend", "ort" if is_bundle else "compile")
     if backend not in ("compile", "eager", "ort"):

@@ -348,6 +348,9 @@ def test_an_export_never_overwrites(refused, exported: Manifest, tmp_path: Path)
     refused("already there; remove it or name a new folder", "export", tiny, exported.folder)
     assert exported.folder.stat().st_mtime_ns == before
     refused("absent: no such file or folder", "export", tmp_path / "absent", tmp_path / "b")
+    # "Could not determine home directory" was a traceback.
+    for command in (("generate",), ("generate", "--model"), ("run",)):
+        refused("~nobody-here: no such (file or )?folder", *command, "~nobody-here")
 
 
 # How it ends early
