@@ -121,8 +121,8 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
     backend = options.get("backend", "ort" if is_bundle else "compile")
     if backend not in ("compile", "eager", "ort"):
         raise ValueError(f"backend is {backend!r}; it must be compile, eager or ort")
-    if backend == "ort" and not is_bundle:
-        raise ValueError(f"backend ort runs bundles; llamac export {source or 'a model'} first")
+    if backend == "ort" and path is None:
+        raise ValueError("backend ort runs bundles; llamac export a model first")
     others = _OF_CHECKPOINTS if backend == "ort" else _OF_BUNDLES
     if wrong := sorted(others & options.keys()):
         remedy = "what an export fixed" if backend == "ort" else "an option of bundles"

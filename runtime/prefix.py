@@ -21,11 +21,6 @@ class Slot:
         self.live: LiveRequest | None = None
         self.kept_ids: tuple[int, ...] = ()
 
-    @property
-    def is_free(self) -> bool:
-        """Whether a request can have the slot."""
-        return self.live is None or self.live.finished
-
     def release(self, *, max_seq_len: int, keep: bool) -> None:
         """Takes the slot back from a request that has ended.
 

@@ -108,8 +108,8 @@ def test_the_models_own_sampling_settings(tmp_path: Path):
     def defaults(text: str) -> dict:
         config.write_text(text)
         said.clear()
-        options = {"backend": "eager", "max_seq_len": 32, "prefill_len": 8}
-        return dict(load(folder, announce=said.append, **options).defaults)  # type: ignore
+        model = load(folder, backend="eager", max_seq_len=32, prefill_len=8, announce=said.append)
+        return dict(model.defaults)
 
     assert defaults('{"temperature": 0.6, "top_p": 0.9, "top_k": null}') == {
         "temperature": 0.6,

@@ -126,9 +126,9 @@ def _open_source(args: argparse.Namespace) -> Source:
             raise FileNotFoundError(
                 f"{source}: no such source; a text for the demo model is given as -p TEXT"
             )
-    if args.command == "run":
-        open_bundle(str(source))  # says what is no bundle
     options = LoadOptions(**_given(args, tuple(LoadOptions.__annotations__)))
+    if args.command == "run":
+        options["backend"] = "ort"
     return open_source(source, **options)
 
 
