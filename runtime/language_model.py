@@ -14,7 +14,7 @@ from .scheduler import Scheduler, run_requests, stream
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import Tokenizer
 
-__all__ = ["LanguageModel", "RequestOptions"]
+__all__ = ["LanguageModel", "RequestOptions", "make_request"]
 
 _SAMPLING = {field.name for field in fields(SamplingParams)}
 
@@ -172,7 +172,23 @@ class LanguageModel:
 
     def request(self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]) -> Request:
         """Encodes a prompt into what the scheduler takes, defaults filled in."""
-        chosen: dict[str, Any] = {**self.defaults, **options}
-        sampling = {key: chosen.pop(key) for key in _SAMPLING & chosen.keys()}
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Request(prompt_ids=tuple(ids), sampling=SamplingParams(**sampling), **chosen)
+        return make_request(ids, {**self.defaults, **options})
+
+
+def make_request(prompt_ids: Sequence[int], options: RequestOptions) -> Request:
+    """Joins a prompt and its options.
+
+    Args:
+        prompt_ids: The prompt.
+        options: See RequestOptions.
+
+    Returns:
+        The request.
+
+    Raises:
+        ValueError: An option is out of its range, or the prompt is empty.
+    """
+    chosen: dict[str, Any] = dict(options)
+    sampling = {key: chosen.pop(key) for key in _SAMPLING & chosen.keys()}
+    return Request(prompt_ids=tuple(prompt_ids), sampling=SamplingParams(**sampling), **chosen)

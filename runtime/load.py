@@ -21,11 +21,11 @@ from .typed_json import read_json
 if TYPE_CHECKING:
     from ..model.checkpoint import Checkpoint
 
-__all__ = ["LoadOptions", "Source", "load", "open_source"]
+__all__ = ["SAMPLING_KEYS", "LoadOptions", "Source", "load", "open_source"]
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class LoadOptions(TypedDict, total=False):
@@ -187,7 +187,7 @@ class Source:
         path = self.folder / "generation_config.json"
         stated = read_json(path, optional=True)
         found: dict[str, Any] = {
-            key: stated[key] for key in _SAMPLING_KEYS if stated.get(key) is not None
+            key: stated[key] for key in SAMPLING_KEYS if stated.get(key) is not None
         }
         if stated.get("do_sample") is False:
             found["temperature"] = 0.0

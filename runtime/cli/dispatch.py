@@ -16,11 +16,9 @@ from ..bundle.inspect import describe_bundle, print_bundle
 from ..bundle.manifest import open_bundle
 from ..cache_folder import cache_root, cache_sizes, clear_caches
 from ..chunks import check_prompt
-from ..language_model import RequestOptions
-from ..load import LoadOptions, Source, open_source
+from ..language_model import RequestOptions, make_request
+from ..load import SAMPLING_KEYS, LoadOptions, Source, open_source
 from ..memory import format_bytes
-from ..request import Request
-from ..sampling import SamplingParams
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_files import load_tokenizer
@@ -41,7 +39,6 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "transformers": "dev",
 }
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_DEFAULT_BATCH = 8
 _MAX_SAMPLES = 10_000
 
@@ -134,7 +131,7 @@ def _open_source(args: argparse.Namespace) -> Source:
 
 def _request_options(args: argparse.Namespace) -> RequestOptions:
     """What the command line asks of every request; bad options are refused here."""
-    sampling = _given(args, _SAMPLING)
+    sampling = _given(args, SAMPLING_KEYS)
     sampling["seed"] = secrets.randbits(32) if args.seed is None else args.seed
     logprobs = getattr(args, "logprobs", None)
     if logprobs is not None and not args.json:
@@ -147,16 +144,9 @@ def _request_options(args: argparse.Namespace) -> RequestOptions:
         "eos_ids": () if args.ignore_eos else None,
         "logprobs": logprobs,
     }
-    return _checked(RequestOptions(**options, **sampling))
-
-
-def _checked(options: RequestOptions) -> RequestOptions:
-    """Refuses options that are out of their range before anything is loaded."""
-    names = {*_SAMPLING, "seed"}
-    rest: dict[str, Any] = {key: value for key, value in options.items() if key not in names}
-    sampling: dict[str, Any] = {key: value for key, value in options.items() if key in names}
-    Request(prompt_ids=(0,), sampling=SamplingParams(**sampling), **rest)
-    return options
+    asked = RequestOptions(**options, **sampling)
+    make_request((0,), asked)
+    return asked
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -166,7 +156,7 @@ def _generate(args: argparse.Namespace) -> int:
     source = _open_source(args)
     prompts = read_prompts([*args.words, *args.prompt], args.prompt_file)
     for prompt in prompts:
-        _checked(RequestOptions(**{**options, **prompt.options}))
+        make_request((0,), RequestOptions(**{**options, **prompt.options}))
     tokenizer = load_tokenizer(source.folder)
     default_batch = min(len(prompts) * args.n, _MAX_DEFAULT_BATCH)
     shape = source.shape(default_batch=default_batch)
