@@ -1,0 +1,117 @@
+"""Products with weights of 4 or 8 bits, packed as they lie in their file.
+
+A packed weight of N rows and K columns is
+
+- packed: [N, K * bits / 8] uint8, the unsigned values u; of 4 bits, the low half of byte i is
+  column 2 i and the high half column 2 i + 1 (compressed-tensors' pack-quantized, the B of ONNX
+  Runtime's MatMulNBits);
+- scale: [N, K / g] float16, bfloat16 or float32, one for every g columns of a row;
+- minimum, which it may lack: like scale.
+
+Its values are (u - 2**(bits - 1)) * scale, or u * scale + minimum where it has a minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..linear import STORAGE_DTYPES
+
+__all__ = ["dequantize", "multiply_packed"]
+
+_BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
+
+_library = torch.library.Library("llamac", "FRAGMENT")
+# Not a custom_op, whose first call imports Dynamo.
+_library.define(
+    "multiply_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def multiply_packed(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> list[Tensor]:
+    """Multiplies x with each of several packed weights: x @ weight.T.
+
+    Args:
+        x: [M, K] float32, float16 or bfloat16.
+        packed: Of each weight [N, K * bits / 8] uint8, contiguous; N and bits may differ.
+        scales: Of each weight [N, K / g], contiguous; g and the dtype may differ.
+        minima: Empty, or of each weight [N, K / g] or a tensor of no elements for none.
+
+    Returns:
+        For each weight [M, N] in x's dtype, summed in float32.
+    """
+    return torch.ops.llamac.multiply_packed(x, packed, scales, minima)
+
+
+def dequantize(
+    packed: Tensor, scale: Tensor, minimum: Tensor | None, dtype: torch.dtype, *, width: int
+) -> Tensor:
+    """Unpacks a weight, on any device.
+
+    Args:
+        packed: [N, K * bits / 8] uint8.
+        scale: [N, K / g].
+        minimum: [N, K / g], or None.
+        dtype: Of the result, which is rounded once, from float32.
+        width: K, which tells 4 bits from 8.
+
+    Returns:
+        [N, K].
+    """
+    bits = 8 * packed.shape[1] // width
+    values = packed
+    if bits == 4:
+        values = torch.stack((packed & 15, packed >> 4), dim=-1)
+    groups = values.view(*scale.shape, -1).float()  # [N, K / g, g]
+    if minimum is None:
+        groups = (groups - 2 ** (bits - 1)) * scale.float()[..., None]
+    else:
+        groups = groups * scale.float()[..., None] + minimum.float()[..., None]
+    return groups.view(-1, width).to(dtype)
+
+
+def _multiply_on_cpu(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> list[Tensor]:
+    return [_multiply_dequantized(x, *weight) for weight in _weights(packed, scales, minima)]
+
+
+def _multiply_dequantized(
+    x: Tensor, packed: Tensor, scale: Tensor, minimum: Tensor | None
+) -> Tensor:
+    """The product by BLAS, a block of the weight's rows at a time."""
+    brain = x.dtype == torch.bfloat16 and x.dtype not in STORAGE_DTYPES
+    dtype = torch.bfloat16 if brain else torch.float32
+    columns = x.to(dtype).t()  # [K, M]
+    out = columns.new_empty(len(packed), len(x))
+    block = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    for begin in range(0, len(packed), block):
+        rows = slice(begin, begin + block)
+        part = minimum if minimum is None else minimum[rows]
+        weight = dequantize(packed[rows], scale[rows], part, dtype, width=x.shape[1])
+        torch.mm(weight, columns, out=out[rows])
+    return out.t().to(x.dtype).contiguous()
+
+
+def _weights(
+    packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    given = [m if m.numel() else None for m in minima] or [None] * len(packed)
+    return zip(packed, scales, given, strict=True)
+
+
+def _fake(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> list[Tensor]:
+    return [x.new_empty(len(x), len(weight)) for weight in packed]
+
+
+_library.impl("multiply_packed", _multiply_on_cpu, "CPU")
+_library.impl("multiply_packed", _multiply_on_cpu, "CUDA")
+torch.library.register_fake("llamac::multiply_packed", _fake, lib=_library)

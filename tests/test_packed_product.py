@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TOLERANCE
+from torch import Tensor
+
+from llamac.model.kernels.packed_product import dequantize, multiply_packed
+
+GROUPS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# [N, K]; groups that don't divide K are that of the whole row.
+SHAPES = ((5, 24), (7, 40), (131, 352), (67, 576), (33, 2048))
+
+
+class Weight:
+    """A packed weight, and what it stands for in float64."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        bits: int = 4,
+        group: int = 32,
+        dtype: torch.dtype = torch.bfloat16,
+        with_minimum: bool = False,
+    ) -> None:
+        random = torch.Generator().manual_seed(num_rows + width + bits + group)
+        group = group if width % group == 0 else width
+        values = torch.randint(0, 2**bits, (num_rows, width), generator=random, dtype=torch.uint8)
+        sizes = num_rows, width // group
+        self.scale = (torch.rand(sizes, generator=random) + 0.1).to(dtype) / 2**bits
+        minimum = torch.randn(sizes, generator=random).to(dtype)
+        self.minimum = minimum if with_minimum else torch.empty(0)
+        self.packed = values if bits == 8 else values[:, ::2] | values[:, 1::2] << 4
+        scale, minimum = (
+            part.double().repeat_interleave(group, dim=1) for part in (self.scale, minimum)
+        )
+        unpacked = values.double()
+        self.exact = (
+            unpacked * scale + minimum if with_minimum else (unpacked - 2 ** (bits - 1)) * scale
+        )
+
+
+def multiply(x: Tensor, *weights: Weight) -> list[Tensor]:
+    return multiply_packed(
+        x,
+        [weight.packed for weight in weights],
+        [weight.scale for weight in weights],
+        [weight.minimum for weight in weights],
+    )
+
+
+def random_x(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(num_rows))
+    return (x * width**-0.5).to(dtype)
+
+
+def assert_close_to_exact(out: Tensor, x: Tensor, weight: Weight) -> None:
+    assert out.dtype == x.dtype
+    assert out.is_contiguous()
+    atol, rtol = TOLERANCE[str(x.dtype).removeprefix("torch.")]
+    exact = x.double() @ weight.exact.t()
+    torch.testing.assert_close(out.double(), exact, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("with_minimum", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_product(bits: int, group: int, dtype: torch.dtype, with_minimum: bool):
+    for (num_rows, width), x_dtype in itertools.product(SHAPES, DTYPES):
+        weight = Weight(
+            num_rows, width, bits=bits, group=group, dtype=dtype, with_minimum=with_minimum
+        )
+        for num_x in (1, 2, 3, 8, 16, 17, 40):
+            x = random_x(num_x, width, x_dtype)
+            assert_close_to_exact(multiply(x, weight)[0], x, weight)
+
+
+@pytest.mark.parametrize("with_minimum", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantize(bits: int, with_minimum: bool):
+    weight = Weight(6, 96, bits=bits, dtype=torch.float16, with_minimum=with_minimum)
+    minimum = weight.minimum if with_minimum else None
+    values = dequantize(weight.packed, weight.scale, minimum, torch.float32, width=96)
+    torch.testing.assert_close(values, weight.exact.float())
+    rounded = dequantize(weight.packed, weight.scale, minimum, torch.bfloat16, width=96)
+    assert torch.equal(rounded, values.bfloat16())
+
+
+def test_the_low_half_of_a_byte_is_the_first_column():
+    packed = torch.tensor([[0x10, 0xF2]], dtype=torch.uint8)
+    scale = torch.tensor([[2.0]])
+    minimum = torch.tensor([[1.0]])
+    assert dequantize(packed, scale, None, torch.float32, width=4).tolist() == [[-16, -14, -12, 14]]
+    assert dequantize(packed, scale, minimum, torch.float32, width=4).tolist() == [[1, 3, 5, 31]]
+
+
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_several_weights_equal_one_each(num_rows: int):
+    weights = [
+        Weight(9, 256, bits=4, group=32),
+        Weight(4, 256, bits=8, group=128, dtype=torch.float16),
+        Weight(5, 256, bits=4, group=64, with_minimum=True),
+    ]
+    x = random_x(num_rows, 256, torch.bfloat16)
+    for out, weight in zip(multiply(x, *weights), weights, strict=True):
+        assert torch.equal(out, multiply(x, weight)[0])
+    outs = multiply_packed(x, [weights[0].packed], [weights[0].scale], [])
+    assert torch.equal(outs[0], multiply(x, weights[0])[0])
+
+
+@pytest.mark.slow  # compiles
+def test_one_graph_for_any_weights_of_a_shape():
+    def step(x: Tensor, weight: Weight) -> Tensor:
+        first, second = multiply(x * 2, weight, weight)
+        return first + second
+
+    compiled = torch.compile(step, fullgraph=True)
+    x = random_x(2, 64)
+    for seed in range(3):
+        weight = Weight(12, 64)
+        weight.scale *= seed
+        with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
+            torch.testing.assert_close(compiled(x, weight), step(x, weight))
+
+
+def test_the_operator_imports_no_compiler():
+    command = (
+        "import sys, torch; from llamac.model.kernels.packed_product import multiply_packed;"
+        "multiply_packed(torch.ones(1, 16), [torch.ones(1, 8).byte()], [torch.ones(1, 1)], []);"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
