@@ -69,7 +69,7 @@ def export_bundle(
         out: The bundle: a new name, or an empty folder.
         targets: Of the graphs, each one of graphs.TARGETS.
         batch_size: B, cache slots.
-        prefill_len: P; None is 128, at most S.
+        prefill_len: P; None is 16 and 128, at most S.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         dtype: Of the `tensorrt` and `cuda` graphs; None keeps the checkpoint's. `cpu` is float32.
         progress: Told what is being done.

@@ -142,8 +142,7 @@ class _Recorder:
 
     def run_chunks(self) -> None:
         """Prompts of one chunk."""
-        longest = self._shape.prefill_len
-        self._prompts({1, longest - 1, longest})
+        self._prompts({n for p in self._shape.prefill_lens for n in (1, p - 1, p)})
 
     def run_edges(self) -> None:
         """Prompts that end just before, at and after the edge of a later chunk."""

@@ -217,7 +217,7 @@ def _compare(
         dtype="float32",
         batch_size=shape.batch_size,
         max_seq_len=shape.max_seq_len,
-        prefill_len=shape.prefill_len,
+        prefill_len=shape.prefill_lens,
         progress=progress,
     ).backend
     groups = record_groups(

@@ -53,7 +53,7 @@ def load_backend(
     dtype: str | None = None,
     batch_size: int = 1,
     max_seq_len: int | None = None,
-    prefill_len: int | None = None,
+    prefill_len: int | tuple[int, ...] | None = None,
     threads: int | None = None,
     all_logits: bool = False,
     announce: Callable[[str], None] = logger.info,
@@ -69,7 +69,7 @@ def load_backend(
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's own.
         batch_size: B, cache slots.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
-        prefill_len: P; None is 128, at most S.
+        prefill_len: P, or several, ascending; None is 16 and 128, at most S.
         threads: CPU threads; None leaves torch's number.
         all_logits: Whether `score` can be called.
         announce: Told the bytes needed before anything is loaded.
@@ -127,7 +127,7 @@ def static_shape(
     *,
     batch_size: int = 1,
     max_seq_len: int | None = None,
-    prefill_len: int | None = None,
+    prefill_len: int | tuple[int, ...] | None = None,
 ) -> StaticShape:
     """Fills in the sizes that were not asked for, alike for every backend and for an export.
 
@@ -137,7 +137,7 @@ def static_shape(
         config: Supplies max_position_embeddings, vocab_size and how RoPE is stretched.
         batch_size: B.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
-        prefill_len: P; None is 128, at most S.
+        prefill_len: P, or several, ascending; None is 16, for short prompts, and 128, at most S.
 
     Returns:
         The backend's sizes.
@@ -148,10 +148,12 @@ def static_shape(
     trained = config.max_position_embeddings
     rows = min(trained, 2048) if max_seq_len is None else max_seq_len
     check_rope_rows(config, rows)
+    if prefill_len is None:
+        prefill_len = tuple(sorted({min(16, rows), min(128, rows)}))
     return StaticShape(
         batch_size=batch_size,
         max_seq_len=rows,
-        prefill_lens=(min(128, rows) if prefill_len is None else prefill_len,),
+        prefill_lens=prefill_len if isinstance(prefill_len, tuple) else (prefill_len,),
         num_positions=max(rows, min(trained, _MAX_WINDOWS * rows)),
         vocab_size=config.vocab_size,
     )

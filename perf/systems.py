@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.chunks import next_chunk
+from ..runtime.request import Request
 from ..runtime.sampling import SamplingParams
-from ..runtime.scheduler import Request, Scheduler
+from ..runtime.scheduler import Scheduler
 from ..runtime.text.tokenizer_files import load_tokenizer
 from .llama_cpp_peer import LLAMA_CPP
 from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC

@@ -65,7 +65,7 @@ class StaticShape:
     Attributes:
         batch_size: B, number of cache slots and rows of a decode step.
         max_seq_len: S, cache rows of a slot.
-        prefill_lens: P, tokens of a prefill chunk, ascending; the smallest that fits is used.
+        prefill_lens: P, tokens of a prefill chunk, ascending; the smallest that holds it is used.
         num_positions: Rows of the RoPE tables; no token can have this position or a later one.
         vocab_size: V, width of the logits.
 

@@ -34,8 +34,10 @@ def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
         )
 
 
-def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple[int, int]:
-    """Cuts the next chunk of a prompt.
+def next_chunk(
+    prompt_len: int, num_prefilled: int, shape: StaticShape, *, longest: int | None = None
+) -> tuple[int, int]:
+    """Cuts the next chunk of a prompt: the longest of which what is left fills at least half.
 
     With S = 10, P = 4 and a prompt of 9 the chunks are [0, 4), [4, 8) and [6, 9): a third one from
     8 would have its padding run to row 12, so it begins at S - P and two ids are fed again.
@@ -44,11 +46,14 @@ def next_chunk(prompt_len: int, num_prefilled: int, shape: StaticShape) -> tuple
         prompt_len: Ids in the prompt, at most max_seq_len.
         num_prefilled: How many of them are in the cache, fewer than prompt_len.
         shape: The chunk lengths and the cache's.
+        longest: No chunk is longer, unless it is the shortest there is; None is no limit.
 
     Returns:
         The chunk's first index and the one after its last.
     """
     remaining = prompt_len - num_prefilled
-    chunk_len = next((n for n in shape.prefill_lens if n >= remaining), shape.prefill_len)
+    longest = shape.prefill_len if longest is None else longest
+    fitting = [n for n in shape.prefill_lens if n <= min(2 * remaining, longest)]
+    chunk_len = max(fitting, default=shape.prefill_lens[0])
     start = min(num_prefilled, shape.max_seq_len - chunk_len)
     return start, min(start + chunk_len, prompt_len)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from .backend import Backend
+from .generation import run_requests, stream
 from .request import Completion, Event, LimitPolicy, Request
 from .sampling import SamplingParams
-from .scheduler import Scheduler, run_requests, stream
+from .scheduler import Scheduler
 from .text.chat_template import ChatTemplate
+from .text.constraint import Grammar
 from .text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "RequestOptions", "make_request"]
@@ -29,11 +31,18 @@ class RequestOptions(TypedDict, total=False):
     limit_policy: LimitPolicy
     logprobs: int | None
     sample_index: int
+    min_tokens: int
+    timeout_s: float | None
+    prefix_scope: str
+    grammar: Grammar | None
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
     seed: int
 
 

@@ -38,7 +38,7 @@ class LoadOptions(TypedDict, total=False):
         dtype: Of a checkpoint: "float32", "float16" or "bfloat16"; default its own.
         batch_size: Of a checkpoint: B, cache slots; default 1.
         max_seq_len: Of a checkpoint: S; default max_position_embeddings, at most 2048.
-        prefill_len: Of a checkpoint: P; default 128, at most S.
+        prefill_len: Of a checkpoint: P; default 16 and 128, at most S.
         provider: Of a bundle: "cpu", "cuda" or "tensorrt".
         target: Of a bundle: whose graphs; default the provider's.
         prepack: Of a bundle on a CPU: faster steps for a slow start and more memory.
@@ -276,7 +276,7 @@ class Source:
             dtype=self.options.get("dtype"),
             batch_size=shape.batch_size,
             max_seq_len=shape.max_seq_len,
-            prefill_len=shape.prefill_len,
+            prefill_len=self.options.get("prefill_len"),
             threads=self.options.get("threads"),
             all_logits=all_logits,
             announce=announce,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from .request import LiveRequest
+from .request import LiveRequest, Request
 
 __all__ = ["Slot"]
 
@@ -15,11 +13,13 @@ class Slot:
     Attributes:
         live: The request that has the slot, or None.
         kept_ids: The ids whose keys and values are in rows 0, 1, ... of a free slot.
+        scope: Who may start there.
     """
 
     def __init__(self) -> None:
         self.live: LiveRequest | None = None
         self.kept_ids: tuple[int, ...] = ()
+        self.scope = ""
 
     def release(self, *, max_seq_len: int, keep: bool) -> None:
         """Takes the slot back from a request that has ended.
@@ -35,17 +35,20 @@ class Slot:
         # The newest token was sampled and not fed, unless the token that ended it came after.
         fed = (*live.request.prompt_ids, *live.completion.ids)[: live.next_position]
         if len(fed) < max_seq_len:  # one row is left for what an idle slot is fed
-            self.kept_ids = fed
+            self.kept_ids, self.scope = fed, live.request.prefix_scope
 
-    def common_len(self, prompt_ids: Sequence[int]) -> int:
+    def common_len(self, request: Request) -> int:
         """How many ids at the beginning of a prompt the rows hold already.
 
         Args:
-            prompt_ids: The prompt; its last id is fed in any case, because it gives the logits.
+            request: The prompt's; its last id is fed in any case, because it gives the logits.
 
         Returns:
             The number of ids, less than the prompt's.
         """
+        if request.prefix_scope != self.scope:
+            return 0
+        prompt_ids = request.prompt_ids
         limit = min(len(self.kept_ids), len(prompt_ids) - 1)
         same = (i for i in range(limit) if self.kept_ids[i] != prompt_ids[i])
         return next(same, limit)

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .sampling import Sampler, SamplingParams, log_softmax, top_logprobs
+from .text.constraint import Grammar
 from .text.tokenizer import StreamDecoder
 
-__all__ = ["Completion", "Event", "LimitPolicy", "LiveRequest", "Request"]
+__all__ = ["Completion", "Constraint", "Event", "LimitPolicy", "LiveRequest", "Request"]
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 LimitPolicy = Literal["stop", "roll"]
 TopLogprobs = tuple[tuple[int, float], ...]
+
+
+class Constraint(Protocol):
+    """Holds one completion to a grammar."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is whole, and nothing can follow it."""
+        ...
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """[V] bool, which ids can come next."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Takes the next id, one of those allowed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +51,10 @@ class Request:
         stop: Texts that end the continuation; they aren't part of it.
         stop_ids: Ids that end the continuation, besides eos_ids.
         eos_ids: Ids that end it; None takes the scheduler's, () ignores them.
+        min_tokens: So many tokens come before an id may end it; a grammar's end comes sooner.
+        timeout_s: Seconds from submit to its end with "timeout", waiting included; None is never.
+        grammar: What the text must be, or None.
+        prefix_scope: Rows that other requests left are used where they have the same.
         limit_policy: Where the cache is full, "stop" ends with "length" and "roll" overwrites the
             oldest rows, until the RoPE tables end.
         logprobs: None is off; n gives each token's log-probability and its n best alternatives.
@@ -47,6 +70,10 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     eos_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    timeout_s: float | None = None
+    grammar: Grammar | None = None
+    prefix_scope: str = ""
     limit_policy: LimitPolicy = "stop"
     logprobs: int | None = None
 
@@ -55,6 +82,13 @@ class Request:
             raise ValueError("the prompt has no token; give at least one, such as BOS")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it must be between 0 and max_new_tokens, "
+                f"{self.max_new_tokens}"
+            )
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}; it must be above 0, or None")
         if not 0 <= self.sample_index < 2**64:
             raise ValueError(f"sample_index is {self.sample_index}; it must be in [0, 2**64)")
         if isinstance(self.stop, str) or "" in self.stop:
@@ -73,7 +107,8 @@ class Completion:
         prompt_ids: The request's prompt.
         ids: The continuation, without the id that ended it. A stop text's tokens are in it.
         text: The continuation up to a stop text; "" without a tokenizer.
-        finish_reason: "stop" (an id or a text), "length" (a limit), "cancelled" or "error".
+        finish_reason: "stop" (an id, a text or a grammar's end), "length" (a limit), "cancelled",
+            "timeout" or "error".
         error: What went wrong, in one line, where the reason is "error".
         logprobs: Log-probability of each of ids under the raw logits, if asked for.
         top_logprobs: The best alternatives for each of ids, as (id, logprob), if asked for.
@@ -137,7 +172,15 @@ class LiveRequest:
     allowed_size: int  # ids from here on aren't the tokenizer's
     sampler: Sampler | None = None
     decoder: StreamDecoder | None = None
+    constraint: Constraint | None = None
     num_prefilled: int = 0
+    last_chunk: int = 0  # counts the chunks of all requests
+
+    @property
+    def deadline_s(self) -> float:
+        """When the request ends at the latest."""
+        timeout_s = self.request.timeout_s
+        return math.inf if timeout_s is None else self.submitted_s + timeout_s
 
     @property
     def finished(self) -> bool:
@@ -158,10 +201,16 @@ class LiveRequest:
     def take(self, logits: NDArray[np.float32]) -> None:
         """Samples a token from [V] logits and sends its event, which may be the last."""
         assert self.sampler is not None
-        request, completion = self.request, self.completion
+        request, completion, constraint = self.request, self.completion, self.constraint
         position = len(request.prompt_ids) + len(completion.ids)
+        early = constraint is None and len(completion.ids) < request.min_tokens
         try:
-            token_id = self.sampler.sample(logits, position)
+            token_id = self.sampler.sample(
+                logits,
+                position,
+                allowed=constraint.allowed() if constraint else None,
+                banned_ids=self.end_ids if early else (),
+            )
         except ValueError as error:  # logits that can't be sampled from are this request's alone
             completion.error = str(error)
             self.finish("error")
@@ -175,6 +224,8 @@ class LiveRequest:
         if token_id in self.end_ids:
             self.finish("stop")
             return
+        if constraint:
+            constraint.accept(token_id)
         logprob, alternatives = None, None
         if completion.logprobs is not None and completion.top_logprobs is not None:
             logprobs = log_softmax(logits)
@@ -185,7 +236,7 @@ class LiveRequest:
         completion.ids.append(token_id)
         text = self.decoder.push(token_id) if self.decoder else ""
         reason = None
-        if self.decoder and self.decoder.stopped:
+        if (self.decoder and self.decoder.stopped) or (constraint and constraint.finished):
             reason = "stop"
         elif len(completion.ids) == request.max_new_tokens or position >= self.end:
             reason = "length"

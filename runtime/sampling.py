@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,11 @@ class SamplingParams:
 
     Attributes:
         repetition_penalty: Divides the positive and multiplies the negative logits of ids seen in
-            the prompt or the continuation; 1 is off. It applies to greedy decoding too.
+            the prompt or the continuation; 1 is off. The penalties and the bias apply to greedy
+            decoding too.
+        presence_penalty: Taken off the logits of ids in the continuation.
+        frequency_penalty: The same, times how often the id is in it.
+        logit_bias: (id, number) pairs; the number is added to the id's logit.
         temperature: Divides the logits; 0 takes the largest logit, whatever the seed.
         top_k: Keeps this many of the largest logits; 0 is off.
         top_p: Keeps the fewest most likely ids whose probabilities reach this sum; 1 is off.
@@ -34,6 +39,9 @@ class SamplingParams:
     """
 
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
@@ -45,6 +53,15 @@ class SamplingParams:
             raise ValueError(
                 f"repetition_penalty is {self.repetition_penalty}; it must be in [0.001, 1000]"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -100 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [-100, 100]")
+        for token_id, bias in self.logit_bias:
+            if token_id < 0 or not -100 <= bias <= 100:
+                raise ValueError(
+                    f"logit_bias of id {token_id} is {bias}; ids are 0 and above, biases in "
+                    "[-100, 100]"
+                )
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or above and finite")
         if self.top_k < 0:
@@ -83,7 +100,7 @@ class Sampler:
             sample_index: Tells several samples of one request with one seed apart.
 
         Raises:
-            ValueError: allowed_size or sample_index is out of its range.
+            ValueError: allowed_size, sample_index or an id of the bias is out of its range.
         """
         allowed_size = vocab_size if allowed_size is None else allowed_size
         if not 1 <= allowed_size <= vocab_size:
@@ -98,33 +115,53 @@ class Sampler:
         self._key = np.array([params.seed, sample_index], dtype=np.uint64)
         self._seen = np.zeros(vocab_size, dtype=np.bool_)
         self._seen[list(prompt_ids)] = True
+        self._counts: Counter[int] = Counter()  # of what was drawn
+        if any(token_id >= vocab_size for token_id, _ in params.logit_bias):
+            raise ValueError(
+                f"logit_bias names id {max(params.logit_bias)[0]}; "
+                f"allowed are 0 to {vocab_size - 1}"
+            )
 
-    def sample(self, logits: NDArray[np.float32], position: int) -> int:
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        position: int,
+        *,
+        allowed: NDArray[np.bool_] | None = None,
+        banned_ids: Collection[int] = (),
+    ) -> int:
         """Draws a token and counts it as seen.
 
         Args:
             logits: [V] float32 logits of the row before the token.
             position: The drawn token's own absolute position.
+            allowed: [V] bool, which ids may be drawn; None allows all.
+            banned_ids: Ids that may not, besides.
 
         Returns:
             The token id; among equals the filters and the argmax prefer the lower id.
 
         Raises:
-            ValueError: The logits have another width, or hold NaN, +inf or nothing finite.
+            ValueError: The logits have another width, or hold NaN, +inf or nothing finite, or
+                nothing may be drawn.
         """
-        ids, weights = self._candidates(logits)
+        ids, weights = self._candidates(self._scores(logits, allowed, banned_ids))
         # The CDF runs in id order, so a last-digit difference in a logit moves its edges by as
         # little; in order of probability two near-equal ids could change places.
         cdf = np.cumsum(weights)
         target = _uniform(self._key, position) * cdf[-1]
         token_id = int(ids[np.searchsorted(cdf, target, side="right")])
         self._seen[token_id] = True
+        self._counts[token_id] += 1
         return token_id
 
-    def _candidates(
-        self, logits: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Returns the ids that pass the filters, ascending, and their weights (largest is 1)."""
+    def _scores(
+        self,
+        logits: NDArray[np.float32],
+        allowed: NDArray[np.bool_] | None,
+        banned_ids: Collection[int],
+    ) -> NDArray[np.float64]:
+        """Returns the penalized logits of the tokenizer's ids; -inf is never drawn."""
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; expected ({self._vocab_size},)")
         params = self._params
@@ -134,14 +171,32 @@ class Sampler:
             hit = scores[seen]
             penalty = params.repetition_penalty
             scores[seen] = np.where(hit > 0, hit / penalty, hit * penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            for token_id, count in self._counts.items():
+                scores[token_id] -= params.presence_penalty + params.frequency_penalty * count
+        for token_id, bias in params.logit_bias:
+            if token_id < self._allowed_size:
+                scores[token_id] += bias
         best = int(np.argmax(scores))  # NaN if there is one, else the lowest of equals
         if not math.isfinite(scores[best]) or math.isnan(logits.max()):
             raise ValueError(
                 f"the largest logit is {logits.max()}; sampling needs a finite one, "
                 "so the weights or a computation in 16 bits overflowed"
             )
+        if allowed is not None:
+            scores[~allowed[: self._allowed_size]] = -np.inf
+        scores[[i for i in banned_ids if i < self._allowed_size]] = -np.inf
+        if scores.max() == -np.inf:
+            raise ValueError("no token may come next; loosen the grammar or min_tokens")
+        return scores
+
+    def _candidates(
+        self, scores: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Returns the ids that pass the filters, ascending, and their weights (largest is 1)."""
+        params = self._params
         if params.temperature == 0:
-            return np.array([best]), np.ones(1)
+            return np.array([np.argmax(scores)]), np.ones(1)  # the lowest of equals
         ids = np.arange(self._allowed_size)
         if 0 < params.top_k < self._allowed_size:
             ids = _top_k(scores, params.top_k)

@@ -12,9 +12,10 @@ from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER, load_backend
 from llamac.runtime.backend import Backend
+from llamac.runtime.generation import generate
 from llamac.runtime.ort.ort_backend import OrtBackend
+from llamac.runtime.request import Completion, Request
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.scheduler import Completion, Request, generate
 from llamac.runtime.text.tokenizer import Tokenizer
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 

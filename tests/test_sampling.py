@@ -25,7 +25,7 @@ def sampler(vocab_size: int = VOCAB_SIZE, **params) -> Sampler:
 
 def probabilities(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
     """The distribution that `sample` draws from, [V] float64."""
-    ids, weights = sampler._candidates(logits)
+    ids, weights = sampler._candidates(sampler._scores(logits, None, ()))
     result = np.zeros(logits.size)
     result[ids] = weights / weights.sum()
     return result
@@ -191,6 +191,43 @@ def test_ids_past_the_tokenizer_are_never_drawn():
     assert Sampler(SamplingParams(temperature=0), 5, allowed_size=3).sample(logits, 0) == 2
 
 
+def test_presence_and_frequency_penalties_count_what_was_drawn():
+    logits = np.array([2.0, 1.9, 1.0, 0.0], np.float32)
+    drawer = Sampler(
+        SamplingParams(temperature=0, presence_penalty=0.25, frequency_penalty=0.5),
+        4,
+        prompt_ids=[0, 0, 0],  # the prompt's ids don't count
+    )
+    # 2.0 | 1.25, 1.9 | 1.25, 1.15 | 0.75, 1.15 | 0.75, 0.65 and 1.0
+    assert [drawer.sample(logits, n) for n in range(5)] == [0, 1, 0, 1, 2]
+
+
+def test_a_bias_moves_logits():
+    logits = np.array([2.0, 1.0, 0.0, 9.0], np.float32)
+    drawer = Sampler(
+        SamplingParams(temperature=0, logit_bias=((2, 2.5), (3, -100.0))), 4, allowed_size=3
+    )
+    assert drawer.sample(logits, 0) == 2
+    with pytest.raises(ValueError, match="logit_bias names id 4; allowed are 0 to 3"):
+        sampler(4, logit_bias=((4, 1.0),))
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 0}, {"top_k": 5}, {"top_p": 0.3}, {"min_p": 0.9}, {}], ids=str
+)
+def test_what_is_not_allowed_is_never_drawn(values):
+    logits = random_logits(0, 50)
+    allowed = np.zeros(50, np.bool_)
+    allowed[[3, 8, 21]] = True
+    best = [int(i) for i in np.argsort(-logits)]
+    drawer = sampler(50, **values)
+    drawn = {drawer.sample(logits, n, allowed=allowed, banned_ids=(8, 99)) for n in range(200)}
+    assert drawn <= {3, 21}
+    assert min((3, 21), key=best.index) in drawn
+    with pytest.raises(ValueError, match="no token may come next"):
+        drawer.sample(logits, 0, allowed=allowed, banned_ids=(3, 8, 21))
+
+
 def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     logits = np.array([4.0, 3.0, -1.0, 2.5], np.float32)
     params = SamplingParams(temperature=0, repetition_penalty=2.0)
@@ -312,6 +349,10 @@ def test_top_logprobs_are_ranked_with_ties_to_the_lower_id():
         ({"min_p": 1.1}, "min_p is 1.1"),
         ({"min_p": math.nan}, "min_p is nan"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"presence_penalty": 101}, "presence_penalty is 101"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
+        ({"logit_bias": ((-1, 0.0),)}, "logit_bias of id -1 is 0.0"),
+        ({"logit_bias": ((1, math.inf),)}, "logit_bias of id 1 is inf"),
         ({"repetition_penalty": 1e-320}, "repetition_penalty is 1e-320; it must be in"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),

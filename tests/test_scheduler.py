@@ -1,4 +1,5 @@
 import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,14 +9,11 @@ from hypothesis import strategies as st
 
 from llamac.runtime.backend import StaticShape
 from llamac.runtime.chunks import next_chunk
+from llamac.runtime.generation import generate, run_requests, stream
+from llamac.runtime.request import Request
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
-from llamac.runtime.scheduler import (
-    Request,
-    Scheduler,
-    generate,
-    run_requests,
-    stream,
-)
+from llamac.runtime.scheduler import QueueFullError, Scheduler
+from llamac.runtime.text.constraint import Grammar
 from llamac.runtime.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 64
@@ -281,13 +279,48 @@ def test_the_documented_chunks():
     assert [next_chunk(9, done, shape) for done in (0, 4, 8)] == [(0, 4), (4, 8), (6, 9)]
 
 
-def test_the_smallest_chunk_that_fits_takes_the_rest():
+@pytest.mark.parametrize(
+    ("length", "chunks"),
+    [
+        (1, [(0, 1)]),
+        (3, [(0, 2), (2, 1)]),  # half of 8 would be padding
+        (4, [(0, 4)]),
+        (10, [(0, 8), (8, 2)]),
+        (11, [(0, 8), (8, 2), (10, 1)]),
+        (12, [(0, 8), (8, 4)]),
+    ],
+)
+def test_a_long_chunk_is_taken_where_at_least_half_of_it_is_filled(length, chunks):
     backend = HashBackend(batch=1, prefill_lens=(2, 8))
-    generate(backend, None, [request(11, max_new_tokens=1)])
-    assert [(call[3], len(call[2])) for call in backend.calls] == [(0, 8), (8, 3)]
-    backend = HashBackend(batch=1, prefill_lens=(2, 8))
-    generate(backend, None, [request(10, max_new_tokens=1)])
-    assert [(call[3], len(call[2])) for call in backend.calls] == [(0, 8), (8, 2)]
+    generate(backend, None, [request(length, max_new_tokens=1)])
+    assert [(call[3], len(call[2])) for call in backend.calls] == chunks
+
+
+def test_while_others_decode_a_prompt_takes_the_longest_chunk_that_is_quick():
+    class Slow(HashBackend):
+        def prefill(self, slot, ids, start):
+            time.sleep(0.11 if len(ids) > 4 else 0)
+            return super().prefill(slot, ids, start)
+
+    backend = Slow(batch=2, prefill_lens=(4, 8))
+    scheduler = Scheduler(backend, None)
+    scheduler.submit(request(8, 1, max_new_tokens=12))  # its chunk of 8 is measured
+    scheduler.step()
+    scheduler.submit(request(8, 2))
+    run(scheduler)
+    assert [len(call[2]) for call in backend.calls if call[0] == "prefill"] == [8, 4, 4]
+
+
+def test_prompts_take_their_chunks_in_turn():
+    # A long prompt used to keep a short one that came later from its first token.
+    backend = HashBackend(batch=2)
+    scheduler = Scheduler(backend, None)
+    scheduler.submit(request(20, 1))
+    scheduler.step()
+    scheduler.submit(request(4, 2))
+    run(scheduler)
+    slots = [call[1] for call in backend.calls if call[0] == "prefill"]
+    assert slots == [0, 1, 0, 0, 0, 0]
 
 
 # --- slots ---
@@ -391,6 +424,72 @@ def test_stop_ids_end_and_are_not_in_the_ids():
     (got,) = generate(HashBackend(), None, [request(5)], eos_ids=(ids[0],))
     assert (got.ids, got.text, got.finish_reason) == ([], "", "stop")
     assert got.ttft_s is not None
+
+
+def test_no_id_ends_a_completion_before_min_tokens():
+    ids = expected(request(5))[0]
+    (got,) = generate(HashBackend(), None, [request(5, stop_ids=(ids[0],), min_tokens=3)])
+    assert got.ids[0] != ids[0]
+    assert len(got.ids) >= 3
+    assert ids[0] not in got.ids[:3]
+
+
+def test_a_request_out_of_time_ends_wherever_it_is():
+    scheduler = Scheduler(HashBackend(batch=1), letters(), eos_ids=())
+    scheduler.submit(request(3, timeout_s=0.2, max_new_tokens=20))
+    scheduler.submit(request(4, timeout_s=0.2))
+    scheduler.submit(request(5))
+    events = scheduler.step()
+    time.sleep(0.2)
+    events += run(scheduler)
+    done = completions(events)
+    assert [done[n].finish_reason for n in range(3)] == ["timeout", "timeout", "length"]
+    assert done[0].ids == expected(request(3), allowed_size=63)[0][:1]
+    assert done[0].text == letters().decode(done[0].ids)
+    assert done[2].ids == expected(request(5), allowed_size=63)[0]
+
+
+class Alternating:
+    """Even ids, then odd ones, five in all."""
+
+    def __init__(self, grammar):
+        self.kind, self.taken = grammar.kind, []
+
+    @property
+    def finished(self):
+        return len(self.taken) == 5
+
+    def allowed(self):
+        return np.arange(VOCAB_SIZE) % 2 == len(self.taken) % 2
+
+    def accept(self, token_id):
+        self.taken.append(token_id)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_constraint_holds_its_request_and_no_other(sampling):
+    asked = [
+        request(3, sampling=sampling, grammar=Grammar(kind="lark", text="")),
+        request(3, sampling=sampling),
+    ]
+    scheduler = Scheduler(HashBackend(batch=2), letters(), eos_ids=(), constraints=Alternating)
+    held, free = run_requests(scheduler, asked)
+    assert [i % 2 for i in held.ids] == [0, 1, 0, 1, 0]
+    assert held.finish_reason == "stop"
+    assert free.ids == expected(asked[1], allowed_size=63)[0]
+
+
+def test_what_a_constraint_refuses_ends_its_request_alone():
+    def refuse(grammar):
+        raise ValueError("no such rule")
+
+    scheduler = Scheduler(HashBackend(batch=1), letters(), eos_ids=(), constraints=refuse)
+    bad, good = run_requests(
+        scheduler, [request(3, grammar=Grammar(kind="lark", text="")), request(4)]
+    )
+    assert (bad.finish_reason, bad.error) == ("error", "no such rule")
+    assert good.ids == expected(request(4), allowed_size=63)[0]
+    assert scheduler.idle
 
 
 def test_eos_comes_from_the_tokenizer_unless_given():
@@ -651,7 +750,36 @@ def test_what_waits_costs_its_prompt_alone():
     assert all(live.sampler is None and live.decoder is None for live in scheduler._queue)
 
 
+# --- how much may wait ---
+
+
+def test_what_waits_is_bounded():
+    scheduler = Scheduler(HashBackend(batch=2), None, max_queue=3, max_queued_tokens=12)
+    for n in range(2):  # a free slot takes a prompt of any length
+        scheduler.submit(request(20, n))
+    scheduler.step()
+    assert (scheduler.running, scheduler.waiting, scheduler.free) == (2, 0, 0)
+    scheduler.submit(request(5))
+    with pytest.raises(QueueFullError, match="5 prompt tokens wait, with this prompt's 8"):
+        scheduler.submit(request(8))
+    victim = scheduler.submit(request(2))
+    scheduler.submit(request(2))
+    with pytest.raises(QueueFullError, match="3 requests wait, max_queue is 3"):
+        scheduler.submit(request(1))
+    scheduler.cancel(victim)
+    assert scheduler.waiting == 2
+    scheduler.submit(request(1))
+    assert len(completions(run(scheduler))) == 6
+    assert (scheduler.running, scheduler.waiting, scheduler.free) == (0, 0, 2)
+
+
 # --- rows that are kept ---
+
+
+def test_rows_are_not_shared_between_scopes():
+    scheduler = Scheduler(HashBackend(batch=2), None, keep_prefixes=True)
+    asked = [request(6, prefix_scope=scope) for scope in ("a", "b", "a", "b")]
+    assert [run_requests(scheduler, [one])[0].num_reused for one in asked] == [0, 0, 5, 5]
 
 
 def test_a_prompt_starts_where_a_free_slot_ends_like_it():
@@ -698,6 +826,8 @@ def test_a_window_that_rolled_is_not_kept():
         ({"stop": "abc"}, "stop is 'abc'"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"sample_index": -1}, "sample_index is -1"),
+        ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens is 9; it must be between 0 and"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
         ({"limit_policy": "slide"}, 'limit_policy is \'slide\'; it must be "stop" or "roll"'),
     ],
 )
@@ -714,6 +844,7 @@ def test_requests_this_backend_cannot_run():
         (Request(prompt_ids=(1, 64)), "vocab_size is 64"),
         (Request(prompt_ids=(1, -1)), "ids from -1 to 1"),
         (request(2, stop=("x",)), "stop texts need a tokenizer"),
+        (request(2, grammar=Grammar(kind="regex", text="a")), "a grammar needs"),
     ]:
         with pytest.raises(ValueError, match=message):
             scheduler.submit(bad)

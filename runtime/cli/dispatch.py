@@ -137,7 +137,8 @@ def _request_options(args: argparse.Namespace) -> RequestOptions:
     if logprobs is not None and not args.json:
         raise ValueError("--logprobs is printed as JSON only; add --json")
     options: dict[str, Any] = {
-        **_given(args, ("max_new_tokens",)),
+        **_given(args, ("max_new_tokens", "min_tokens", "presence_penalty", "frequency_penalty")),
+        "logit_bias": tuple(args.logit_bias),
         "stop": tuple(args.stop),
         "stop_ids": tuple(args.stop_id),
         "limit_policy": args.limit,

@@ -222,7 +222,10 @@ def _add_shape_options(parser: Any) -> None:
         help="cache rows (default: max_position_embeddings, at most 2048)",
     )
     parser.add_argument(
-        "--prefill-len", type=int, metavar="P", help="tokens of a prefill chunk (default: 128)"
+        "--prefill-len",
+        type=int,
+        metavar="P",
+        help="tokens of a prefill chunk (default: 16 and 128)",
     )
 
 
@@ -286,6 +289,19 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repetition-penalty", type=float, metavar="X", help=f"(default: {own} 1, off)"
     )
+    for name in ("presence", "frequency"):
+        group.add_argument(
+            f"--{name}-penalty", type=float, metavar="X", help="of new tokens (default: 0)"
+        )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        default=[],
+        metavar="ID=X",
+        help="added to an id's logit; repeatable",
+    )
+    group.add_argument("--min-tokens", type=int, metavar="N", help="before an end (default: 0)")
     group.add_argument("--seed", type=int, help="(default: drawn, and shown)")
     group.add_argument(
         "--ignore-generation-config",
@@ -305,3 +321,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="where the cache is full, stop or overwrite the oldest (default: stop)",
     )
+
+
+def _bias(word: str) -> tuple[int, float]:
+    token_id, _, bias = word.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not ID=NUMBER") from None
