@@ -13,7 +13,7 @@ import onnxruntime
 
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.checkpoint.build import build_checkpoint
-from ..model.checkpoint.stored import Piece
+from ..model.checkpoint.pieces import Piece
 from ..model.checkpoint.tensor_files import open_safetensors
 from ..model.config import LlamaConfig
 from ..model.load import load_backend, static_shape

@@ -81,7 +81,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish", None),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
-    "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
     "attention_multiplier": (None, 1, 1.0),
     "is_encoder_decoder": (None, False),

@@ -8,9 +8,9 @@ Hidden states stay 2-D, [B*T, E], so that every weight product is one plain matr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,12 @@ from .cache import KVCache
 from .config import LlamaConfig
 from .kernels.live_attention import attend_live
 from .linear import Linear
+from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
 from .tables import rope_tables
 
 __all__ = ["Attention", "Llama", "TorchAttention"]
+
+_NOTHING_PACKED: Mapping[str, PackedFormat] = {}
 
 
 class Attention(Protocol):
@@ -111,22 +114,42 @@ class Llama(nn.Module):
     Args:
         config: The model's facts.
         num_positions: Rows of the RoPE tables.
+        packed: Module name to how its weight is packed; the rest is plain.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: LlamaConfig, *, num_positions: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        num_positions: int,
+        packed: Mapping[str, PackedFormat] = _NOTHING_PACKED,
+    ) -> None:
         super().__init__()
         self.config = config
         self.model = _Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+        self.lm_head: Linear | PackedLinear = Linear(config.hidden_size, config.vocab_size)
+        for name, form in packed.items():
+            self.set_submodule(name, _packed(self.get_submodule(name), form))
+        self.tie()
         with torch.device("cpu"):  # real even when the weights are built on the meta device
             cos, sin = rope_tables(config, num_positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def tie(self) -> None:
+        """Makes the embedding's parameters the head's, if the config says so."""
+        if not self.config.tie_word_embeddings:
+            return
+        table = self.model.embed_tokens
+        if isinstance(table, PackedEmbedding) and not isinstance(self.lm_head, PackedLinear):
+            self.lm_head = PackedLinear(
+                self.config.hidden_size, self.config.vocab_size, table.packed
+            )
+        for name, parameter in table.named_parameters():
+            setattr(self.lm_head, name, parameter)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +189,7 @@ class Llama(nn.Module):
         tokens = positions[:, None] + torch.arange(num_tokens, device=positions.device)
         cos, sin = F.embedding(tokens, self.cos), F.embedding(tokens, self.sin)  # [B, T, D/2]
 
-        hidden = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B*T, E]
+        hidden = self.model.embed_tokens(input_ids).flatten(0, 1).to(self.dtype)  # [B*T, E]
         for layer, buffers in zip(self.model.layers, cache.layers, strict=True):
             hidden = run_layer(
                 layer, attention, hidden, cos, sin, positions, write_indices, slots, *buffers
@@ -195,7 +218,8 @@ class _Decoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight)  # nothing to initialize
+        # nothing to initialize
+        self.embed_tokens: nn.Module = nn.Embedding.from_pretrained(weight)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -255,7 +279,7 @@ class _SelfAttention(nn.Module):
             return projection.view(batch_size, num_tokens, -1, self.head_dim)
 
         # x is [B*T, E]; q is [B, T, H, D], k and v [B, T, K, D].
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = map(heads, project(x, self.q_proj, self.k_proj, self.v_proj))
         out = attend(q, k, v, scale=self.scale)  # [B, T, H, D]
         return self.o_proj(out.reshape(len(x), -1))
 
@@ -269,7 +293,17 @@ class _MLP(nn.Module):
         self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B*T, E] to the same
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def _packed(module: nn.Module, form: PackedFormat) -> nn.Module:
+    """A packed module in a plain one's place."""
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(module.num_embeddings, module.embedding_dim, form)
+    assert isinstance(module, Linear)
+    num_rows, width = module.weight.shape
+    return PackedLinear(width, num_rows, form, bias=module.bias is not None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_nothing_there(tmp_path: Path):
     [
         ({"hidden_size": None}, r"config\.json: config: hidden_size missing"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; only 'llama' is supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"quantization_config": {"bits": 4}}, "quant_method is None; only awq"),
         ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\..* is missing .and 8 more"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be an integer from"),
         ({"num_hidden_layers": 1}, r"tensor model\.layers\.1\..* is not part .*and 8 more"),

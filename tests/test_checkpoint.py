@@ -142,7 +142,7 @@ def test_read_takes_names_and_refuses_unknown_ones(folder: Path):
 
 
 def test_large_tensors_come_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.checkpoint.stored._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("llamac.model.checkpoint.pieces._BLOCK_BYTES", 1000)
     checkpoint = open_checkpoint(folder)
     rows = [place[0] for name, place, _ in checkpoint.read(["lm_head.weight"])]
     assert rows[:2] == [slice(0, 3), slice(3, 6)]  # 256 bytes a row

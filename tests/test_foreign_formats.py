@@ -180,7 +180,7 @@ def test_meta_shards_are_merged(tmp_path: Path, num_shards: int, embedding_dim: 
 
 
 def test_meta_in_blocks_and_into_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.checkpoint.stored._BLOCK_BYTES", 5000)
+    monkeypatch.setattr("llamac.model.checkpoint.pieces._BLOCK_BYTES", 5000)
     weights = random_weights(tmp_path / "hf", CONFIG)
     checkpoint = open_checkpoint(write_meta(tmp_path / "meta", weights, 2))
     model = load_model(checkpoint, num_positions=4)

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from ...runtime.side_file import read_side_file
 from ...runtime.typed_json import shown
 from ..llama import Llama
+from ..packed import is_packed_part
 from .hf_format import has_hf_weights, open_hf_folder
 from .lit_format import open_lit_file
 from .meta_format import is_meta_folder, open_meta_folder
@@ -84,7 +84,7 @@ def load_weights(
     # The state dict's tensors share the parameters' memory, fused or tied ones included.
     targets = model.state_dict()
     if model.config.tie_word_embeddings:
-        del targets["lm_head.weight"]
+        targets = {n: t for n, t in targets.items() if not n.startswith("lm_head.")}
     for name in sorted(targets.keys() ^ checkpoint.tensors.keys()):
         raise ValueError(f"{checkpoint.folder}: tensor {name} is not in both model and checkpoint")
     for name, stored in checkpoint.tensors.items():
@@ -134,18 +134,18 @@ def load_model(
     """
     chosen: torch.dtype = dtype or getattr(torch, checkpoint.config.dtype)
     with torch.device("meta"):
-        model = Llama(checkpoint.config, num_positions=num_positions)
+        model = Llama(checkpoint.config, num_positions=num_positions, packed=checkpoint.packed)
     mapped: set[str] = set()
     for name, parameter in list(model.named_parameters()):
-        weight = checkpoint.map(name, chosen) if torch.device(device).type == "cpu" else None
+        kind = parameter.dtype if is_packed_part(name) else chosen
+        weight = checkpoint.map(name, kind) if torch.device(device).type == "cpu" else None
         if weight is None:
-            weight = torch.empty(parameter.shape, dtype=chosen, device=device)
+            weight = torch.empty(parameter.shape, dtype=kind, device=device)
         else:
             mapped.add(name)
         module, _, key = name.rpartition(".")
         setattr(model.get_submodule(module), key, nn.Parameter(weight, requires_grad=False))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = cast(nn.Parameter, model.model.embed_tokens.weight)
+    model.tie()
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     load_weights(model, checkpoint, progress, mapped=mapped)
     return model.eval()
@@ -156,12 +156,20 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
     Args:
         checkpoint: Supplies the shapes; a tied head counts once.
-        dtype: Of every parameter.
+        dtype: Of every parameter that isn't a packed weight's.
 
     Returns:
         The number of bytes.
     """
-    return dtype.itemsize * sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    return sum(
+        math.prod(stored.shape) * _dtype_in(name, stored, dtype).itemsize
+        for name, stored in checkpoint.tensors.items()
+    )
+
+
+def _dtype_in(name: str, stored: StoredTensor, chosen: torch.dtype) -> torch.dtype:
+    """A packed weight's parts stay as they are stored."""
+    return getattr(torch, stored.dtype) if is_packed_part(name) else chosen
 
 
 def _open_folder(folder: Path) -> Checkpoint:

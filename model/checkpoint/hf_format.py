@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from ...runtime.typed_json import check_int, named, read_json, shown
 from ..config import DTYPES, LlamaConfig
 from .build import build_checkpoint
-from .stored import Checkpoint, Piece
+from .pieces import Piece
+from .quantized import read_quantized
+from .stored import Checkpoint, weight_shapes
 from .tensor_files import TensorFile, open_safetensors, open_torch_file
 
 __all__ = ["open_hf_folder"]
@@ -40,7 +43,8 @@ def open_hf_folder(folder: Path) -> Checkpoint:
         FileNotFoundError: The config, the weights or a shard is missing.
         ValueError: The config isn't a LLaMA's, an index leaves the folder, or a tensor is wrong.
     """
-    config = LlamaConfig.from_json(folder / "config.json")
+    path = folder / "config.json"
+    config, quantization = _read_config(path)
     pieces: dict[str, Piece] = {}
     for file in _open_files(folder):
         for key in file.entries:
@@ -49,8 +53,29 @@ def open_hf_folder(folder: Path) -> Checkpoint:
                 raise ValueError(f"{file.path}: tensor {key} is stored twice")
             if not key.endswith("rotary_emb.inv_freq"):
                 pieces[name] = Piece(name=name, file=file, key=key)
-    found = list(pieces.values())
-    return build_checkpoint(_complete(config, folder, found), folder, found)
+    config = _complete(config, folder, list(pieces.values()))
+    if quantization is None:
+        return build_checkpoint(config, folder, pieces.values())
+    untied = replace(config, tie_word_embeddings=False)
+    try:
+        parts, packed = read_quantized(quantization, pieces, weight_shapes(untied))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return build_checkpoint(config, folder, parts, packed)
+
+
+def _read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any] | None]:
+    """The model's facts, and how its weights are quantized."""
+    data = read_json(path)
+    quantization = data.pop("quantization_config", None)
+    older = data.pop("compression_config", None)  # compressed-tensors' first name for it
+    quantization = older if quantization is None else quantization
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(f"{path}: quantization_config is {shown(quantization)}, not an object")
+    try:
+        return LlamaConfig.from_dict(data), quantization
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def has_hf_weights(folder: Path) -> bool:
@@ -62,7 +87,7 @@ def _complete(config: LlamaConfig, folder: Path, pieces: list[Piece]) -> LlamaCo
     """Adds what stands beside config.json."""
     stated = read_json(folder / "config.json")
     if stated.get("dtype") is None and stated.get("torch_dtype") is None and pieces:
-        stored = pieces[0].entry.dtype
+        stored = pieces[0].dtype
         config = replace(config, dtype=stored if stored in DTYPES else config.dtype)
     path = folder / "generation_config.json"
     eos = read_json(path, optional=True).get("eos_token_id")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..config import LlamaConfig
 from .build import build_checkpoint, config_of, refuse_adapter
-from .stored import Checkpoint, Piece, side_folder
+from .pieces import Piece
+from .stored import Checkpoint, side_folder
 from .tensor_files import TensorFile, open_torch_file
 
 __all__ = ["open_lit_file"]

@@ -10,7 +10,8 @@ from typing import Any
 from ...runtime.typed_json import check_bool, check_int, check_number, read_json
 from ..config import LlamaConfig, RopeScaling
 from .build import build_checkpoint, config_of
-from .stored import Checkpoint, Piece, side_folder
+from .pieces import Piece
+from .stored import Checkpoint, side_folder
 from .tensor_files import TensorFile, open_torch_file
 
 __all__ = ["is_meta_folder", "open_meta_folder"]

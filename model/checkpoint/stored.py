@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,19 +12,16 @@ from torch import Tensor
 
 from ..config import LlamaConfig
 from ..llama import Llama
-from .tensor_files import Entry, TensorFile
+from ..packed import PackedFormat
+from .pieces import Computed, Part
 
 __all__ = [
     "Checkpoint",
-    "Piece",
     "StoredTensor",
     "copy_finite",
     "side_folder",
     "weight_shapes",
 ]
-
-# No more than this much of a tensor is mapped or converted at a time.
-_BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class StoredTensor:
 
     Attributes:
         shape: The full HF shape.
-        dtype: One of DTYPES.
+        dtype: One of DTYPES; of a packed weight's parts also uint8 and int32.
         file: The safetensors file that holds its bytes in HF's layout, or None.
         offset: Where those little-endian bytes begin in the file, or None.
     """
@@ -45,60 +42,6 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Rows of a stored tensor and the place they fill in an HF tensor.
-
-    Attributes:
-        name: HF's name.
-        file: The file that holds it.
-        key: The file's name for it.
-        rows: First and last + 1 row taken of the stored tensor; None takes all.
-        target: First index filled in the HF tensor, one per dimension; None is the origin.
-        interleaved_head_dim: D if RoPE's pairs lie side by side in each head's rows (Meta's
-            layout); they are moved D/2 apart (HF's layout) while reading.
-    """
-
-    name: str
-    file: TensorFile
-    key: str
-    rows: tuple[int, int] | None = None
-    target: tuple[int, ...] | None = None
-    interleaved_head_dim: int | None = None
-
-    @property
-    def entry(self) -> Entry:
-        """What the file says of the stored tensor."""
-        return self.file.entries[self.key]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part taken."""
-        if self.rows is None:
-            return self.entry.shape
-        return (self.rows[1] - self.rows[0], *self.entry.shape[1:])
-
-    @property
-    def origin(self) -> tuple[int, ...]:
-        """First index filled in the HF tensor."""
-        return self.target if self.target is not None else (0,) * len(self.shape)
-
-    def read(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """Reads it in blocks: the slice of the HF tensor that each fills, and the block."""
-        first, last = self.rows or (0, self.shape[0])
-        head_dim = self.interleaved_head_dim
-        unit = head_dim or 1  # rows that stay together
-        row_bytes = math.prod(self.shape[1:]) * 4  # at most
-        step = max(unit, _BLOCK_BYTES // row_bytes // unit * unit)
-        for start in range(first, last, step):
-            part = self.file.rows(self.key, start, min(start + step, last))
-            if head_dim is not None:
-                part = _uninterleave(part, head_dim)
-            origin = (self.origin[0] + start - first, *self.origin[1:])
-            yield tuple(slice(a, a + n) for a, n in zip(origin, part.shape, strict=True)), part
-            del part  # unmapped before the next part is mapped
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """An open checkpoint: everything is known of it, no weight has been read.
 
@@ -106,14 +49,16 @@ class Checkpoint:
         config: The model's facts.
         folder: Where the tokenizer's and config files are.
         tensors: HF name to what is stored; exactly the model's distinct parameters, so no
-            `lm_head.weight` when it is tied.
+            `lm_head.weight` when it is tied; of a packed weight its parts (see PackedFormat).
         pieces: Where the bytes come from.
+        packed: Module name to how its weight is packed.
     """
 
     config: LlamaConfig
     folder: Path
     tensors: dict[str, StoredTensor]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Part, ...]
+    packed: Mapping[str, PackedFormat] = field(default_factory=dict)
 
     def read(
         self, names: Iterable[str] | None = None
@@ -134,7 +79,7 @@ class Checkpoint:
         if unknown := sorted(wanted - self.tensors.keys()):
             raise ValueError(f"{self.folder}: no tensor {unknown[0]}")
         chosen = (piece for piece in self.pieces if piece.name in wanted)
-        for piece in sorted(chosen, key=lambda piece: (piece.file.path, piece.entry.offset)):
+        for piece in sorted(chosen, key=lambda piece: (piece.file.path, piece.offset)):
             for place, part in piece.read():
                 yield piece.name, place, part
                 del part
@@ -154,20 +99,27 @@ class Checkpoint:
             ValueError: The file is shorter than when it was opened.
         """
         piece, *more = [piece for piece in self.pieces if piece.name == name]
-        as_stored = piece.rows is None and piece.interleaved_head_dim is None
-        if more or not as_stored or getattr(torch, piece.entry.dtype) != dtype:
+        if more or isinstance(piece, Computed) or not piece.is_as_stored:
             return None
-        return piece.file.rows(piece.key, 0, piece.shape[0])
+        if getattr(torch, piece.dtype) != dtype:
+            return None
+        return piece.file.rows(piece.entry, 0, piece.shape[0])
 
 
-def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(
+    config: LlamaConfig, packed: Mapping[str, PackedFormat] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the distinct parameters of a LLaMA, in the module tree's order.
 
     Args:
         config: The model's facts.
+        packed: Module name to how its weight is packed.
 
     Returns:
-        HF name to shape, without `lm_head.weight` when it is tied.
+        HF name to shape, without `lm_head.weight` when it is tied; of a packed weight its parts.
+
+    Raises:
+        ValueError: A group size doesn't divide its weight.
     """
     with torch.device("meta"):
         model = Llama(replace(config, num_hidden_layers=1), num_positions=1)
@@ -185,7 +137,25 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         elif name not in shapes:  # all layers follow the first one's first name
             for i in range(config.num_hidden_layers):
                 shapes |= {f"model.layers.{i}.{key}": size for key, size in layer.items()}
-    return shapes
+    return {
+        part: size for name, shape in shapes.items() for part, size in _parts(name, shape, packed)
+    }
+
+
+def _parts(
+    name: str, shape: tuple[int, ...], packed: Mapping[str, PackedFormat] | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    module, _, key = name.rpartition(".")
+    form = (packed or {}).get(module) if key == "weight" else None
+    if form is None:
+        yield name, shape
+        return
+    try:
+        parts = form.tensors(*shape)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None
+    for part, (size, _) in parts.items():
+        yield f"{module}.{part}", size
 
 
 def copy_finite(name: str, part: Tensor, target: Tensor) -> None:
@@ -224,9 +194,3 @@ def side_folder(folder: Path) -> Path:
         if any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
             return place
     return folder
-
-
-def _uninterleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows 0 1 2 3 of a head with D = 4 become 0 2 1 3: pair (2i, 2i+1) becomes (i, i + D/2)."""
-    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))  # [heads, D/2, 2, ...]
-    return pairs.transpose(1, 2).flatten(0, 2)

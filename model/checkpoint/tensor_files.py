@@ -33,6 +33,13 @@ _SMALL_BYTES = 64 << 10  # of a norm or a bias: all of them are read in no time
 
 # Safetensors' names; those this package computes with are renamed, the rest only measured.
 _RENAMED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_RENAMED |= {
+    "U8": "uint8",
+    "I8": "int8",
+    "I32": "int32",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+}
 _ITEM_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 _ITEM_BYTES |= {"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _ITEM_BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
@@ -83,11 +90,11 @@ class TensorFile:
     entries: dict[str, Entry]
     kind: str
 
-    def rows(self, key: str, first: int, last: int) -> Tensor:
-        """Maps rows of a tensor of a supported dtype; they are unmapped with the tensor.
+    def rows(self, entry: Entry, first: int, last: int) -> Tensor:
+        """Maps rows of a tensor of one of torch's dtypes; they are unmapped with the tensor.
 
         Args:
-            key: The file's name for it.
+            entry: One of entries, or its bytes as something else.
             first: First row.
             last: Last row + 1, more than first.
 
@@ -98,7 +105,6 @@ class TensorFile:
         Raises:
             ValueError: The file is shorter than when it was opened.
         """
-        entry = self.entries[key]
         dtype = getattr(torch, entry.dtype)
         row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
         start = entry.offset + first * row_bytes

@@ -1,0 +1,215 @@
+"""The tensors of a quantized folder, module by module, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....runtime.typed_json import shown
+from ...packed import PackedFormat
+from ..pieces import Computed, Conversion, Part, Piece
+from .bits import reorder_columns
+
+__all__ = ["Modules"]
+
+
+class Modules:
+    """What a reader takes tensors from and puts weights into.
+
+    Args:
+        settings: config.json's quantization_config.
+        pieces: HF's name to what the files hold.
+        shapes: HF's name to the shape of every weight of the unquantized model.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        pieces: Mapping[str, Piece],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.settings = settings
+        self._left: dict[str, Piece] = dict(pieces)
+        self._shapes = shapes
+        self._parts: list[Part] = []
+        self._packed: dict[str, PackedFormat] = {}
+
+    def with_tensor(self, part: str) -> list[tuple[str, int, int]]:
+        """Finds the modules that have a tensor of that name.
+
+        Returns:
+            The module's name, and the rows N and columns K of its weight.
+        """
+        found: list[tuple[str, int, int]] = []
+        for name, shape in self._shapes.items():
+            module, _, key = name.rpartition(".")
+            if key == "weight" and len(shape) == 2 and f"{module}.{part}" in self._left:
+                found.append((module, shape[0], shape[1]))
+        return found
+
+    def find(self, module: str, part: str) -> Piece | None:
+        """Looks a module's tensor up; a lone number is a vector of one."""
+        piece = self._left.get(f"{module}.{part}")
+        if piece is not None and not piece.shape:
+            piece = replace(piece, bytes_as=replace(piece.entry, shape=(1,)))
+        return piece
+
+    def take(
+        self, module: str, part: str, *, shape: tuple[int, ...], dtypes: Sequence[str]
+    ) -> Piece:
+        """Takes a module's tensor, which is then spoken for.
+
+        Args:
+            module: Its name.
+            part: The tensor's name within it.
+            shape: What it must have.
+            dtypes: What it may be stored in.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            ValueError: It is missing, misshaped or of another dtype.
+        """
+        piece = self.find(module, part)
+        if piece is None:
+            raise ValueError(f"tensor {module}.{part} is missing")
+        if piece.shape != shape or piece.dtype not in dtypes:
+            raise ValueError(
+                f"{piece.file.path}: tensor {piece.key} is {list(piece.shape)} {piece.dtype}; "
+                f"the config makes it {list(shape)} {' or '.join(dtypes)}"
+            )
+        del self._left[f"{module}.{part}"]
+        return piece
+
+    def drop(self, *parts: str) -> None:
+        """Leaves out tensors of these names, of every module: they change nothing here."""
+        endings = tuple(f".{part}" for part in parts)
+        for name in [name for name in self._left if name.endswith(endings)]:
+            del self._left[name]
+
+    def values(self, piece: Piece) -> Tensor:
+        """Reads a small tensor."""
+        return torch.cat([part for _, part in piece.read()])
+
+    def setting(self, name: str, allowed: Sequence[object], default: object = None) -> Any:
+        """Takes a setting, refusing what isn't supported.
+
+        Args:
+            name: Its key.
+            allowed: The values that are.
+            default: What an absent one means.
+
+        Raises:
+            ValueError: It has another value.
+        """
+        value = self.settings.get(name, default)
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            choices = ", ".join(map(str, allowed))
+            raise ValueError(
+                f"quantization_config: {name} is {shown(value)}; only {choices} can be read"
+            )
+        return value
+
+    def keep(self, module: str, part: str, piece: Piece) -> None:
+        """Keeps a tensor as it is stored, under one of PackedFormat's names."""
+        self._parts.append(replace(piece, name=f"{module}.{part}"))
+
+    def convert(self, module: str, part: str, piece: Piece, conversion: Conversion) -> None:
+        """Adds a tensor whose rows are converted ones."""
+        self._parts.append(replace(piece, name=f"{module}.{part}", conversion=conversion))
+
+    def compute(
+        self,
+        module: str,
+        part: str,
+        inputs: Sequence[Piece],
+        compute: Callable[..., Tensor],
+        *,
+        shape: tuple[int, ...],
+        dtype: str,
+    ) -> None:
+        """Adds a tensor that follows from whole stored ones."""
+        self._parts.append(
+            Computed(
+                name=f"{module}.{part}",
+                inputs=tuple(inputs),
+                compute=compute,
+                shape=shape,
+                dtype=dtype,
+            )
+        )
+
+    def pack(self, module: str, form: PackedFormat) -> None:
+        """Says how a module's weight is packed."""
+        self._packed[module] = form
+
+    def order_of(self, module: str, groups: Piece, group_size: int) -> Tensor | None:
+        """Reads which group each column belongs to.
+
+        Args:
+            module: Its name, for the message.
+            groups: [K] int32, the group of each column.
+            group_size: Columns of a group.
+
+        Returns:
+            [K] int32, the columns sorted by group; None if they are, or all groups are -1.
+
+        Raises:
+            ValueError: A group has another number of columns.
+        """
+        found = self.values(groups).long()
+        if bool((found == -1).all()):
+            return None
+        wanted = torch.arange(len(found)) // group_size
+        order = torch.argsort(found, stable=True)
+        if not torch.equal(found[order], wanted):
+            raise ValueError(f"{module}: its groups don't have {group_size} columns each")
+        return None if torch.equal(found, wanted) else order.to(torch.int32)
+
+    def add_order(self, module: str, groups: Piece, order: Tensor) -> None:
+        """Adds the order that columns are stored in."""
+        self.compute(
+            module,
+            "weight_order",
+            [groups],
+            lambda _: order,
+            shape=tuple(order.shape),
+            dtype="int32",
+        )
+
+    def reorder(
+        self,
+        module: str,
+        inputs: Sequence[Piece],
+        unpacked: Callable[..., Tensor],
+        *,
+        bits: int,
+        size: tuple[int, int],
+        order: Tensor | None,
+    ) -> None:
+        """Adds weight_packed, its columns sorted by group.
+
+        Args:
+            module: Its name.
+            inputs: The stored tensors.
+            unpacked: From them to the packed weight in the input's own order.
+            bits: 4 or 8.
+            size: N and K.
+            order: See order_of.
+        """
+
+        def compute(*stored: Tensor) -> Tensor:
+            packed = unpacked(*stored)
+            return packed if order is None else reorder_columns(packed, bits, order)
+
+        shape = (size[0], size[1] * bits // 8)
+        self.compute(module, "weight_packed", inputs, compute, shape=shape, dtype="uint8")
+
+    def finish(self) -> tuple[list[Part], dict[str, PackedFormat]]:
+        """Returns all parts, those that no reader took as they are, and how weights are packed."""
+        return [*self._parts, *self._left.values()], self._packed

@@ -1,0 +1,69 @@
+"""What config.json says of packed weights: in compressed-tensors' words where they suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from ....runtime.typed_json import shown, to_dataclass
+from ...packed import PackedFormat
+from .modules import Modules
+
+__all__ = ["quantization_settings", "read_native"]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def quantization_settings(
+    packed: Mapping[str, PackedFormat], plain: tuple[str, ...]
+) -> dict[str, Any]:
+    """Describes packed weights for config.json.
+
+    Args:
+        packed: Module name to how its weight is packed.
+        plain: Names of the linear modules whose weights are not.
+
+    Returns:
+        The quantization_config: compressed-tensors' pack-quantized, or where a weight has minima or
+        an order of columns, which that lacks or stores otherwise, this package's own.
+    """
+    if any(form.minimum_dtype or form.has_order for form in packed.values()):
+        modules = {name: asdict(form) for name, form in packed.items()}
+        return {"quant_method": "llamac", "modules": modules}
+    kinds: dict[PackedFormat, list[str]] = {}
+    for name, form in packed.items():
+        kinds.setdefault(replace(form, scale_dtype="float32"), []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(plain),
+        "config_groups": {
+            f"group_{i}": {
+                "targets": names,
+                "weights": {
+                    "num_bits": form.bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": form.group_size,
+                    "dynamic": False,
+                },
+            }
+            for i, (form, names) in enumerate(kinds.items())
+        },
+    }
+
+
+def read_native(modules: Modules) -> None:
+    """Reads weights that are packed already. See read_quantized."""
+    stated = modules.settings.get("modules")
+    if not isinstance(stated, dict):
+        raise ValueError(f"quantization_config: modules is {shown(stated)}; it must be an object")
+    for module, num_rows, width in modules.with_tensor("weight_packed"):
+        where = f"quantization_config: {module}"
+        form = to_dataclass(PackedFormat, stated.get(module), where)
+        for part, (shape, dtype) in form.tensors(num_rows, width).items():
+            modules.keep(module, part, modules.take(module, part, shape=shape, dtypes=(dtype,)))
+        modules.pack(module, form)
