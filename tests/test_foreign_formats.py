@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llamac.model.checkpoint import load_model, open_checkpoint
+from llamac.model.checkpoint.pieces import _uninterleave
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
-from llamac.model.checkpoint.stored import Checkpoint, _uninterleave
+from llamac.model.checkpoint.stored import Checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import rotate
 from llamac.model.tables import rope_tables
