@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..runtime.cli.doctor import Finding, torch_finding
-from .compiled.inductor import compiler_problem, compiler_version
+from .compiled.inductor import compiler_problem
+from .toolchain import compiler_version
 
 __all__ = ["torch_findings"]
 

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
+import logging
+import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TOLERANCE
 from torch import Tensor
 
+from llamac.model.kernels import packed_product
+from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.packed_product import dequantize, multiply_packed
+from llamac.model.toolchain import instruction_set
+from llamac.runtime.cache_folder import cache_sizes
 
 GROUPS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,6 +79,33 @@ def assert_close_to_exact(out: Tensor, x: Tensor, weight: Weight) -> None:
     torch.testing.assert_close(out.double(), exact, atol=atol, rtol=rtol)
 
 
+# What the C++ is compiled for: this processor, and what it also can; none is the way without it.
+FORMS = {
+    "native": (),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx2-f16c": ("-mavx2", "-mfma", "-mf16c"),
+    "plain": ("-march=x86-64",),
+    "none": None,
+}
+FLAGS = {"avx512": "avx512bw", "avx2": "fma", "avx2-f16c": "f16c"}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with each form of the C++ that this processor can run."""
+    name, library = request.param, None
+    if name in FLAGS and FLAGS[name] not in instruction_set():
+        pytest.skip(f"the processor has no {FLAGS[name]}")
+    if FORMS[name] is not None:
+        library = load_library(packed_product._SOURCES, *FORMS[name])
+        assert library is not None
+        packed_product.declare(library)
+    monkeypatch.setattr(packed_product, "_cpp_library", lambda: library)
+    return name
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("with_minimum", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
@@ -103,7 +139,8 @@ def test_the_low_half_of_a_byte_is_the_first_column():
     assert dequantize(packed, scale, minimum, torch.float32, width=4).tolist() == [[1, 3, 5, 31]]
 
 
-@pytest.mark.parametrize("num_rows", [1, 20])
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("num_rows", [1, 4, 20])
 def test_several_weights_equal_one_each(num_rows: int):
     weights = [
         Weight(9, 256, bits=4, group=32),
@@ -139,3 +176,108 @@ def test_the_operator_imports_no_compiler():
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_the_number_of_threads_changes_no_bit(num_rows: int, dtype: torch.dtype):
+    weights = [Weight(83, 416), Weight(50, 416, bits=8)]
+    x = random_x(num_rows, 416, dtype)
+    num_threads = torch.get_num_threads()
+    outs = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        outs.append(torch.cat(multiply(x, *weights), dim=1))
+    torch.set_num_threads(num_threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def before_a_page_that_cannot_be_read(part: Tensor) -> Tensor:
+    pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    moved = torch.frombuffer(
+        pages, dtype=part.dtype, count=part.numel(), offset=mmap.PAGESIZE - part.nbytes
+    )
+    return moved.copy_(part.flatten()).view(part.shape)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("width", [40, 352])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_is_read_behind_a_weight(bits: int, width: int):
+    """It may be the end of a mapped file."""
+    weight = Weight(3, width, bits=bits, with_minimum=True)
+    for name in ("packed", "scale", "minimum"):
+        setattr(weight, name, before_a_page_that_cannot_be_read(getattr(weight, name)))
+    for num_rows in (1, 2, 20):
+        x = random_x(num_rows, width)
+        assert_close_to_exact(multiply(x, weight)[0], x, weight)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "llamac" / "kernels"
+
+
+def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_library(packed_product._SOURCES) is not None
+    (made,) = cache.iterdir()
+    before = made.stat().st_mtime_ns
+    assert load_library(packed_product._SOURCES) is not None
+    assert made.stat().st_mtime_ns == before
+    assert load_library(packed_product._SOURCES, "-march=x86-64") is not None
+    monkeypatch.setattr("llamac.model.kernels.cpp_library.instruction_set", lambda: "mmx")
+    assert load_library(packed_product._SOURCES) is not None
+    assert len([*cache.iterdir()]) == 3
+    assert cache_sizes()["kernels"] > 0
+
+
+def test_a_damaged_library_is_compiled_again(cache: Path, caplog: pytest.LogCaptureFixture):
+    load_library(packed_product._SOURCES)
+    (made,) = cache.iterdir()
+    content = made.read_bytes()
+    for damaged in (content[:1000] + b"x" + content[1001:], content[:-1], b""):
+        made.unlink()  # as a loaded library is mapped
+        made.write_bytes(damaged)
+        with caplog.at_level(logging.INFO):
+            assert load_library(packed_product._SOURCES) is not None
+        assert "damaged" in caplog.text
+        caplog.clear()
+        assert len(made.read_bytes()) == len(content)
+
+
+def test_where_no_library_can_be_made(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    assert load_library(packed_product._SOURCES, "-march=none-such") is None
+    assert "none-such" in caplog.text
+    assert [*cache.iterdir()] == []
+    cache.rmdir()
+    cache.write_text("no folder")
+    assert load_library(packed_product._SOURCES) is None
+    assert str(cache) in caplog.text
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert load_library(packed_product._SOURCES) is None
+    assert "/nonexistent is missing" in caplog.text
+
+
+def test_a_process_without_a_compiler_multiplies():
+    command = (
+        "import torch; from llamac.model.kernels.packed_product import multiply_packed;"
+        "packed = torch.full((3, 8), 0x99, dtype=torch.uint8);"
+        "print(multiply_packed(torch.ones(1, 16), [packed], [torch.ones(3, 1)], [])[0].tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=os.environ | {"CXX": "/nonexistent"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("[[16.0, 16.0, 16.0]]\n", "")

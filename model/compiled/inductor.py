@@ -8,7 +8,6 @@ import importlib
 import logging
 import os
 import shutil
-import subprocess
 import sysconfig
 import threading
 import warnings
@@ -19,8 +18,9 @@ import torch
 
 from ...runtime.backend import BackendUnavailableError
 from ...runtime.cache_folder import cache_folder
+from ..toolchain import compiler_name, compiler_version
 
-__all__ = ["cache_misses", "compiler", "compiler_problem", "compiler_version"]
+__all__ = ["cache_misses", "compiler", "compiler_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _ROOM = "free space on its disk, or set XDG_CACHE_HOME to a folder that can be w
 
 def compiler_problem() -> str | None:
     """What torch.compile lacks on this machine's CPU, in a few words, or None."""
-    name = os.environ.get("CXX", "g++")
+    name = compiler_name()
     if shutil.which(name) is None:
         return (
             f"no C++ compiler ({name}) found, which torch.compile needs on CPU; install it, or set "
@@ -42,16 +42,6 @@ def compiler_problem() -> str | None:
     if not header.exists():
         return f"{header} not found, which torch.compile needs on CPU; install python3-dev"
     return None
-
-
-def compiler_version() -> str | None:
-    """The first line of what the C++ compiler says of itself; None if it fails."""
-    command = [os.environ.get("CXX", "g++"), "--version"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.partition("\n")[0]
 
 
 def cache_misses() -> int:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear
+from ..toolchain import instruction_set
 
 __all__ = ["step_key"]
 
 _ROOM = Path(__file__).parents[1]
 _SOURCES = (_ROOM, _ROOM / "compiled", _ROOM / "kernels")  # not the checkpoints' or the demo's
-_CPU_FACTS = Path("/proc/cpuinfo")
+_KINDS = ("py", "cpp", "h")
 
 
 def step_key(
@@ -49,7 +50,7 @@ def step_key(
         torch.__version__,
         platform.python_version(),
         torch.backends.cpu.get_cpu_capability(),
-        _instruction_set(),
+        instruction_set(),
         sorted(map(str, linear.STORAGE_DTYPES)),
         torch.get_num_threads(),  # the number is in the code
     )
@@ -59,7 +60,7 @@ def step_key(
 
 def _sources(modules: tuple[nn.Module, ...]) -> list[Path]:
     """The files that are traced: the rooms', and those of classes from elsewhere."""
-    files = {path for folder in _SOURCES for path in folder.glob("*.py")}
+    files = {path for folder in _SOURCES for kind in _KINDS for path in folder.glob(f"*.{kind}")}
     classes = {type(module) for root in modules for module in root.modules()}
     for name in {kind.__module__ for kind in classes}:
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -85,12 +86,3 @@ def _describe_modules(root: nn.Module) -> Iterator[tuple[object, ...]]:
 
 def _describe(tensor: Tensor) -> tuple[object, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.device.type
-
-
-def _instruction_set() -> str:
-    """The processor's flags: torch's own name for it covers several that compile differently."""
-    try:
-        with _CPU_FACTS.open() as lines:
-            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.processor()

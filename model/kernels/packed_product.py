@@ -13,15 +13,23 @@ Its values are (u - 2**(bits - 1)) * scale, or u * scale + minimum where it has 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..linear import STORAGE_DTYPES
+from .cpp_library import load_library
 
 __all__ = ["dequantize", "multiply_packed"]
 
+_SOURCES = (Path(__file__).with_suffix(".cpp"),)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
+_GROUPS = (16, 32, 64, 128)
+_FEW_ROWS = 16  # what the C++ library takes, and is faster at than BLAS
 _BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
 
 _library = torch.library.Library("llamac", "FRAGMENT")
@@ -79,7 +87,22 @@ def dequantize(
 def _multiply_on_cpu(
     x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
 ) -> list[Tensor]:
-    return [_multiply_dequantized(x, *weight) for weight in _weights(packed, scales, minima)]
+    weights = [*_weights(packed, scales, minima)]
+    library = _cpp_library()
+    if library is None or not 0 < len(x) <= _FEW_ROWS:
+        return [_multiply_dequantized(x, *weight) for weight in weights]
+    outs = [x.new_empty(len(x), len(weight)) for weight in packed]
+    done = library.multiply_packed(
+        x.contiguous().data_ptr(),
+        _TYPES[x.dtype],
+        *x.shape,
+        _table(x.shape[1], *((*weight, out) for weight, out in zip(weights, outs, strict=True))),
+        len(weights),
+        torch.get_num_threads(),
+    )
+    if not done:
+        raise MemoryError("no memory for a product's scratch")
+    return outs
 
 
 def _multiply_dequantized(
@@ -87,16 +110,60 @@ def _multiply_dequantized(
 ) -> Tensor:
     """The product by BLAS, a block of the weight's rows at a time."""
     brain = x.dtype == torch.bfloat16 and x.dtype not in STORAGE_DTYPES
-    dtype = torch.bfloat16 if brain else torch.float32
-    columns = x.to(dtype).t()  # [K, M]
+    columns = x.to(torch.bfloat16 if brain else torch.float32).t()  # [K, M]
     out = columns.new_empty(len(packed), len(x))
-    block = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    block = min(len(packed), max(1, _BLOCK_ELEMENTS // x.shape[1]))
+    buffer = columns.new_empty(block, x.shape[1])
     for begin in range(0, len(packed), block):
         rows = slice(begin, begin + block)
         part = minimum if minimum is None else minimum[rows]
-        weight = dequantize(packed[rows], scale[rows], part, dtype, width=x.shape[1])
+        weight = _unpack(packed[rows], scale[rows], part, buffer[: len(out[rows])])
         torch.mm(weight, columns, out=out[rows])
     return out.t().to(x.dtype).contiguous()
+
+
+def _unpack(packed: Tensor, scale: Tensor, minimum: Tensor | None, buffer: Tensor) -> Tensor:
+    """Dequantizes, in C++ and into the buffer where that can be."""
+    width, library = buffer.shape[1], _cpp_library()
+    if buffer.device.type != "cpu" or library is None:
+        return dequantize(packed, scale, minimum, buffer.dtype, width=width)
+    table = _table(width, (packed, scale, minimum, buffer))
+    library.unpack(table, width, _TYPES[buffer.dtype], torch.get_num_threads())
+    return buffer
+
+
+def _table(
+    width: int, *weights: tuple[Tensor, Tensor, Tensor | None, Tensor]
+) -> ctypes.Array[ctypes.c_int64]:
+    """The C++ library's Weight of each, which is int64 alone."""
+    fields: list[int] = []
+    for packed, scale, minimum, out in weights:
+        bits, rest = divmod(8 * packed.shape[1], width)
+        group = width // scale.shape[1]
+        assert (bits, rest) in {(4, 0), (8, 0)}
+        assert group in {*_GROUPS, width}
+        assert all(part is None or part.is_contiguous() for part in (packed, scale, minimum))
+        fields += packed.data_ptr(), scale.data_ptr()
+        fields += 0 if minimum is None else minimum.data_ptr(), out.data_ptr()
+        fields += len(packed), bits, group, _TYPES[scale.dtype]
+        fields.append(0 if minimum is None else _TYPES[minimum.dtype])
+    return (ctypes.c_int64 * len(fields))(*fields)
+
+
+@functools.cache
+def _cpp_library() -> ctypes.CDLL | None:
+    """What is compiled of the C++ beside this file; None where it can't be."""
+    library = load_library(_SOURCES)
+    return library and declare(library)
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tells ctypes how the library's functions are called."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.multiply_packed.argtypes = pointer, number, number, number, pointer, number, number
+    library.unpack.argtypes = pointer, number, number, number
+    library.unpack.restype = None
+    return library
 
 
 def _weights(

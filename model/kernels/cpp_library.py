@@ -1,0 +1,80 @@
+"""Libraries in C++ that the machine which runs them compiles, once."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ...runtime.cache_folder import cache_folder
+from ..toolchain import compiler_name, compiler_version, instruction_set
+
+__all__ = ["load_library"]
+
+logger = logging.getLogger(__name__)
+
+_DIGEST_BYTES = 32
+
+
+def load_library(sources: tuple[Path, ...], *options: str) -> ctypes.CDLL | None:
+    """Compiles a library, or finds it in the user's cache.
+
+    The file ends in the SHA-256 of what is before, which a loader passes over. It is written under
+    another name and renamed, so that processes may do so at the same time.
+
+    Args:
+        sources: A file in C++, then the headers that it includes.
+        options: Of the compiler, for the processor; none is what this processor has.
+
+    Returns:
+        The library, or None, which is logged, where the compiler is missing or fails, or the folder
+        can't be written.
+    """
+    version = compiler_version()
+    if version is None:
+        logger.info("%s: no library, the compiler %s is missing", sources[0].name, compiler_name())
+        return None
+    options = options or ("-march=native",)
+    digest = hashlib.sha256(repr((version, instruction_set(), options)).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    try:
+        folder = cache_folder("kernels")
+        path = folder / f"{sources[0].stem}-{digest.hexdigest()[:32]}.so"
+        if not _is_intact(path):
+            _compile(sources[0], path, options)
+        return ctypes.CDLL(str(path))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        logger.info("%s: no library, %s", sources[0].name, said.strip())
+        return None
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]:
+        return True
+    logger.info("%s is damaged; compiling it again", path)
+    return False
+
+
+def _compile(source: Path, path: Path, options: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        made = Path(work, path.name)
+        flags = ("-O3", "-std=c++17", *options, "-fopenmp", "-shared", "-fPIC")
+        subprocess.run(
+            [compiler_name(), *flags, "-o", str(made), str(source)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        with made.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+        os.replace(made, path)
