@@ -222,6 +222,12 @@ def test_a_template_that_does_not_compile_names_the_line(folder):
         render(folder, "a\n{% if %}")
 
 
+def test_an_empty_template_is_refused(folder):
+    """A template of spaces made every conversation the same prompt."""
+    with pytest.raises(ValueError, match="the chat template is empty; give another"):
+        render(folder, " \n")
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamac.runtime.text.library_errors import library_errors
 from llamac.runtime.text.tokenizer import StreamDecoder, Tokenizer
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 
@@ -583,16 +585,34 @@ def test_a_changed_byte_of_a_sentencepiece_model_names_the_file(folders, tmp_pat
             ),
             "a" * 30 + "!",
         ),
+        (
+            lambda spec: spec.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "absent", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {},
+                }
+            ),
+            "a",
+        ),
     ],
 )
 def test_a_panic_names_the_file(copied, capfd, change, text):
-    """A panic of tokenizers is no Exception: nothing caught it."""
+    """A panic of tokenizers is no Exception: nothing caught it. It was also printed."""
     folder = copied("byte_level")
     spec = json.loads((folder / "tokenizer.json").read_text())
     change(spec)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=r"tokenizer\.json .*copy the file again"):
         load_tokenizer(folder).encode(text)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_write_to_stderr_meanwhile_is_kept(capfd):
+    with library_errors("x"):
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"
 
 
 def test_marks_of_parts_of_words_are_refused(copied, capfd):

@@ -63,8 +63,10 @@ class ChatTemplate:
             limits: Of each rendering and of compiling.
 
         Raises:
-            ValueError: It does not compile.
+            ValueError: It is empty or does not compile.
         """
+        if not source.strip():
+            raise ValueError("the chat template is empty; give another with --chat-template")
         self.source, self.tokens = source, tokens
         self._process = _Process(limits=limits or RenderLimits())
         weakref.finalize(self, self._process.end)

@@ -18,6 +18,7 @@ _MAX_LINE = 480  # a message of 400, and the words around it
 _OPTIONS = (" --", "max_seq_len")
 _NOTE = re.compile(
     r"warning: |WARNING: |weights .+, cache |\[(torch|ort)-|report: "
+    r"|sampling by the model's generation_config.json: "
     r"|the message makes a prompt of |\(the oldest "
 )
 
