@@ -147,7 +147,7 @@ def test_export_prints_what_inspect_prints(run, exported: Manifest, tmp_path: Pa
     assert run("export", checkpoint, by_default, "--max-seq-len", "64")[0] == 0
     manifest = open_bundle(by_default)
     assert manifest.targets == ("cpu",)
-    assert (manifest.shape.batch_size, manifest.shape.prefill_lens) == (1, (64,))
+    assert (manifest.shape.batch_size, manifest.shape.prefill_lens) == (1, (16, 64))
 
 
 def test_inspect_text(run, exported: Manifest):
