@@ -160,7 +160,7 @@ def _lay_out(
     file: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[bytes, WeightFile]:
     """A safetensors header, and where it puts the tensors."""
-    header, begins = safetensors_header(dtype, shapes)
+    header, begins = safetensors_header({name: (shape, dtype) for name, shape in shapes.items()})
     tensors = {
         name: StoredWeight(shape=shape, offset=begins[name]) for name, shape in shapes.items()
     }

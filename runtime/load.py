@@ -36,6 +36,8 @@ class LoadOptions(TypedDict, total=False):
         threads: CPU threads.
         device: Of a checkpoint: "cpu" or "cuda".
         dtype: Of a checkpoint: "float32", "float16" or "bfloat16"; default its own.
+        quantize: Of a checkpoint: "int4" or "int8", which is done once and kept in the user's
+            cache; default as it is.
         batch_size: Of a checkpoint: B, cache slots; default 1.
         max_seq_len: Of a checkpoint: S; default max_position_embeddings, at most 2048.
         prefill_len: Of a checkpoint: P; default 16 and 128, at most S.
@@ -51,6 +53,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int
     device: str
     dtype: str
+    quantize: str
     batch_size: int
     max_seq_len: int
     prefill_len: int
@@ -62,7 +65,7 @@ class LoadOptions(TypedDict, total=False):
     check: bool
 
 
-_OF_CHECKPOINTS = {"device", "dtype", "batch_size", "max_seq_len", "prefill_len"}
+_OF_CHECKPOINTS = {"device", "dtype", "quantize", "batch_size", "max_seq_len", "prefill_len"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
 
@@ -134,6 +137,10 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
     from ..model.checkpoint import open_checkpoint
     from ..model.load import DEMO_FOLDER
 
+    if (recipe := options.get("quantize")) is not None:
+        from ..model.quantization import parse_recipe
+
+        parse_recipe(recipe)
     checkpoint = open_checkpoint(DEMO_FOLDER if source is None else source)
     return Source(folder=checkpoint.folder, manifest=None, checkpoint=checkpoint, options=options)
 
@@ -267,10 +274,16 @@ class Source:
     ) -> tuple[Any, str, dict[str, Any]]:
         from ..model.load import load_backend
 
+        checkpoint = self.checkpoint
+        if (recipe := self.options.get("quantize")) is not None:
+            from ..model.quantization import parse_recipe, quantized_copy
+
+            assert checkpoint is not None
+            checkpoint = quantized_copy(checkpoint, parse_recipe(recipe), progress=progress)
         kind = self.options.get("backend", "compile")
         device = self.options.get("device", "cpu")
         loaded = load_backend(
-            self.checkpoint,
+            checkpoint,
             compile=kind == "compile",
             device=device,
             dtype=self.options.get("dtype"),

@@ -98,7 +98,7 @@ def _write(
     for i, names in enumerate(_split(shapes, shards)):
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(names, name)
-        header, begins = safetensors_header(config.dtype, {key: shapes[key] for key in names})
+        header, begins = safetensors_header({key: (shapes[key], config.dtype) for key in names})
         (folder / name).write_bytes(header)
         todo += [(folder / name, begin, key) for key, begin in begins.items()]
 

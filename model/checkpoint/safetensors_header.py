@@ -6,22 +6,22 @@ import json
 import math
 from collections.abc import Mapping
 
-from ...runtime.bundle.manifest import ITEM_BYTES
+import torch
 
 __all__ = ["safetensors_header"]
 
 _STORED_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_STORED_NAMES |= {"uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64"}
 _ALIGNMENT = 64  # of the first tensor; the rest follow without gaps, as the format wants
 
 
 def safetensors_header(
-    dtype: str, shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> tuple[bytes, dict[str, int]]:
-    """Lays tensors of one dtype out in a file.
+    """Lays tensors out in a file.
 
     Args:
-        dtype: Of all tensors.
-        shapes: Tensor name to shape, in the order of the file.
+        tensors: Name to shape and dtype, in the order of the file.
 
     Returns:
         The file's first bytes, and where each tensor begins in the file.
@@ -29,8 +29,8 @@ def safetensors_header(
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
+    for name, (shape, dtype) in tensors.items():
+        end = begin + math.prod(shape) * getattr(torch, dtype).itemsize
         stored = {"dtype": _STORED_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
         entries[name] = stored
         begins[name] = begin

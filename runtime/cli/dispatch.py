@@ -8,6 +8,7 @@ import logging
 import secrets
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def run(words: Sequence[str]) -> int:
             "chat": _chat,
             "score": _score,
             "export": _export,
+            "quantize": _quantize,
             "inspect": _inspect,
             "verify": _verify,
             "doctor": _doctor,
@@ -229,8 +231,14 @@ def _export(args: argparse.Namespace) -> int:
     from ...model.checkpoint import open_checkpoint
 
     with status() as progress:
+        checkpoint = open_checkpoint(args.checkpoint)
+        if args.quantize is not None:
+            from ...model.quantization import parse_recipe, quantized_copy
+
+            recipe = parse_recipe(args.quantize)
+            checkpoint = quantized_copy(checkpoint, recipe, progress=progress)
         manifest = export_bundle(
-            open_checkpoint(args.checkpoint),
+            checkpoint,
             args.bundle,
             targets=args.target or ["cpu"],
             batch_size=args.batch_size,
@@ -240,6 +248,26 @@ def _export(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print_bundle(manifest)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from ...model.checkpoint import open_checkpoint
+    from ...model.quantization import parse_recipe, quantize_checkpoint
+
+    recipe = parse_recipe(args.recipe)
+    checkpoint = open_checkpoint(args.checkpoint)
+    with progress_bar("quantizing", unit="weights") as progress:
+        kinds = quantize_checkpoint(checkpoint, args.out, recipe, progress=progress)
+    if args.json:
+        emit(json.dumps([asdict(kind) for kind in kinds]))
+        return 0
+    rows = [("weights", "number", "bits", "group", "relative error")]
+    rows += [
+        (k.kind, str(k.count), str(k.form.bits), str(k.form.group_size), f"{k.relative_error:.4f}")
+        for k in kinds
+    ]
+    emit(format_table(rows))
     return 0
 
 

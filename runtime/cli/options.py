@@ -14,6 +14,7 @@ from .terminal import one_line
 __all__ = ["OneLineParser", "parse_words"]
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_RECIPE_HELP = "int4 or int8, with a group size as in int8-g64"
 _SOURCE_HELP = "checkpoint, bundle, or name in the Hugging Face cache (default: the demo model)"
 
 Command = Callable[[argparse.Namespace], int]
@@ -84,6 +85,7 @@ def _build_parser(
 
     _add_text_commands(add)
     _add_bundle_commands(add)
+    _add_quantize(add)
     init = add(
         "init", "write a checkpoint with random weights", "llamac init OUT --preset llama-7b"
     )
@@ -154,6 +156,18 @@ def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) 
         _add_ort_options(parser)
 
 
+def _add_quantize(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    quantize = add(
+        "quantize",
+        "write a checkpoint of 4 or 8 bit weights",
+        "llamac quantize ./Llama-3.2-1B ./Llama-3.2-1B-int4 int4",
+    )
+    quantize.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or name")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    quantize.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    quantize.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
 def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     export = add(
         "export",
@@ -173,6 +187,7 @@ def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]
     export.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="cache slots (default: 1)"
     )
+    export.add_argument("--quantize", metavar="RECIPE", help=_RECIPE_HELP)
     _add_shape_options(export)
 
     inspect = add("inspect", "what a bundle holds and needs", "llamac inspect ./bundle")
@@ -208,6 +223,7 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of checkpoints")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
     group.add_argument("--dtype", choices=_DTYPES, help="(default: the checkpoint's own)")
+    group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
         "--batch-size", type=int, metavar="B", help="cache slots (default: the prompts, at most 8)"
     )

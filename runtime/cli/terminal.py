@@ -8,7 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["LineFormatter", "emit", "one_line", "progress_bar", "say", "status"]
 
@@ -83,9 +90,10 @@ def status() -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows on stderr how many bytes of how many are done."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+def progress_bar(title: str, *, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """Shows on stderr how many of how many are done, of bytes their size."""
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn(title), BarColumn(), count, TimeRemainingColumn())
     console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title)
