@@ -88,7 +88,7 @@ def export_bundle(
     dtypes = _target_dtypes(config, targets, dtype)
     _check_cache(config, shape)
     with contextlib.suppress(FileNotFoundError):  # a bundle may be fed ids alone
-        load_tokenizer(checkpoint.folder)
+        load_tokenizer(checkpoint.side_folder)
     out = Path(os.path.abspath(out))
     with new_folder(out) as folder:
         plans = plan_weights(checkpoint, tuple(dict.fromkeys(dtypes.values())))
@@ -217,7 +217,7 @@ def _copy_side_files(checkpoint: Checkpoint, plans: Sequence[WeightPlan], folder
     """Config, tokenizer, and the index that makes linked shards a checkpoint of their own."""
     _write_json(folder / "config.json", checkpoint.config.to_dict())
     for name in TOKENIZER_NAMES:
-        source = checkpoint.folder / name
+        source = checkpoint.side_folder / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
     shards = [plan.content for plan in plans if plan.source is not None]

@@ -142,7 +142,9 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
 
         parse_recipe(recipe)
     checkpoint = open_checkpoint(DEMO_FOLDER if source is None else source)
-    return Source(folder=checkpoint.folder, manifest=None, checkpoint=checkpoint, options=options)
+    return Source(
+        folder=checkpoint.side_folder, manifest=None, checkpoint=checkpoint, options=options
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

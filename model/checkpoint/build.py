@@ -30,6 +30,8 @@ def build_checkpoint(
     folder: Path,
     pieces: Iterable[Part],
     packed: Mapping[str, PackedFormat] | None = None,
+    *,
+    side_folder: Path | None = None,
 ) -> Checkpoint:
     """Checks that the pieces are exactly the model's parameters.
 
@@ -38,9 +40,10 @@ def build_checkpoint(
 
     Args:
         config: The model's facts.
-        folder: Where the tokenizer's and config files are.
+        folder: Where it was found, for messages.
         pieces: All that the files hold.
         packed: Module name to how its weight is packed; of a tied head under the embedding's.
+        side_folder: Where the tokenizer's and config files are; None is the folder.
 
     Returns:
         The checkpoint.
@@ -67,7 +70,14 @@ def build_checkpoint(
         _check_shape(name, shape, by_name[name])
     tensors = {name: _stored(shape, by_name[name]) for name, shape in shapes.items()}
     kept = tuple(piece for name in shapes for piece in by_name[name])
-    return Checkpoint(config=config, folder=folder, tensors=tensors, pieces=kept, packed=packed)
+    return Checkpoint(
+        config=config,
+        folder=folder,
+        side_folder=side_folder or folder,
+        tensors=tensors,
+        pieces=kept,
+        packed=packed,
+    )
 
 
 def config_of(path: Path, **facts: Any) -> LlamaConfig:

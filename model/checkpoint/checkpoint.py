@@ -16,6 +16,7 @@ from ...runtime.side_file import read_side_file
 from ...runtime.typed_json import shown
 from ..llama import Llama
 from ..packed import is_packed_part
+from .gguf_format import find_gguf, open_gguf_file
 from .hf_format import has_hf_weights, open_hf_folder
 from .lit_format import open_lit_file
 from .meta_format import is_meta_folder, open_meta_folder
@@ -39,8 +40,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Finds a checkpoint and checks its names, shapes and dtypes; no weight is read.
 
     Args:
-        source: An HF folder, Meta's folder, a lit-llama `.pth` or the folder of one, or the name
-            of a model in the local Hugging Face cache (nothing is downloaded).
+        source: An HF folder, Meta's folder, a lit-llama `.pth` or a `.gguf` or the folder of one,
+            or the name of a model in the local Hugging Face cache (nothing is downloaded).
 
     Returns:
         The checkpoint.
@@ -186,10 +187,13 @@ def _open_folder(folder: Path) -> Checkpoint:
         if found:
             names = ", ".join(path.name for path in found)
             raise ValueError(f"{folder}: holds {names}; name the file to open")
+        if (file := find_gguf(folder)) is not None:
+            return open_gguf_file(file)
     if (folder / "config.json").exists():
         return open_hf_folder(folder)
     raise FileNotFoundError(
-        f"{folder}: no checkpoint (looked for config.json, consolidated.*.pth, lit-llama's *.pth)"
+        f"{folder}: no checkpoint (looked for config.json, consolidated.*.pth, lit-llama's *.pth, "
+        "*.gguf)"
     )
 
 
@@ -198,7 +202,9 @@ def _open_file(path: Path) -> Checkpoint:
         return open_meta_folder(path.parent)
     if path.suffix in (".pth", ".pt", ".ckpt"):
         return open_lit_file(path)
-    raise ValueError(f"{path}: not a folder or a .pth file; name the folder it lies in")
+    if path.suffix == ".gguf":
+        return open_gguf_file(path)
+    raise ValueError(f"{path}: not a folder, a .pth or a .gguf file; name the folder it lies in")
 
 
 def _find_in_cache(name: str) -> Path:

@@ -14,7 +14,8 @@ from .build import build_checkpoint
 from .pieces import Piece
 from .quantized import read_quantized
 from .stored import Checkpoint, weight_shapes
-from .tensor_files import TensorFile, open_safetensors, open_torch_file
+from .tensor_files import TensorFile, open_safetensors
+from .torch_file import open_torch_file
 
 __all__ = ["open_hf_folder"]
 

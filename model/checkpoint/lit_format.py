@@ -10,7 +10,8 @@ from ..config import LlamaConfig
 from .build import build_checkpoint, config_of, refuse_adapter
 from .pieces import Piece
 from .stored import Checkpoint, side_folder
-from .tensor_files import TensorFile, open_torch_file
+from .tensor_files import TensorFile
+from .torch_file import open_torch_file
 
 __all__ = ["open_lit_file"]
 

@@ -12,7 +12,8 @@ from ..config import LlamaConfig, RopeScaling
 from .build import build_checkpoint, config_of
 from .pieces import Piece
 from .stored import Checkpoint, side_folder
-from .tensor_files import TensorFile, open_torch_file
+from .tensor_files import TensorFile
+from .torch_file import open_torch_file
 
 __all__ = ["is_meta_folder", "open_meta_folder"]
 

@@ -47,7 +47,8 @@ class Checkpoint:
 
     Attributes:
         config: The model's facts.
-        folder: Where the tokenizer's and config files are.
+        folder: Where it was found, named in messages: a folder, or the one file of all.
+        side_folder: Where the tokenizer's and config files are.
         tensors: HF name to what is stored; exactly the model's distinct parameters, so no
             `lm_head.weight` when it is tied; of a packed weight its parts (see PackedFormat).
         pieces: Where the bytes come from.
@@ -56,6 +57,7 @@ class Checkpoint:
 
     config: LlamaConfig
     folder: Path
+    side_folder: Path
     tensors: dict[str, StoredTensor]
     pieces: tuple[Part, ...]
     packed: Mapping[str, PackedFormat] = field(default_factory=dict)

@@ -111,8 +111,8 @@ def quantize_checkpoint(
         text = json.dumps(facts, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         for side in TOKENIZER_NAMES:
-            if (checkpoint.folder / side).is_file():
-                shutil.copyfile(checkpoint.folder / side, folder / side)
+            if (checkpoint.side_folder / side).is_file():
+                shutil.copyfile(checkpoint.side_folder / side, folder / side)
     return writer.summary()
 
 
@@ -248,6 +248,6 @@ def _identity(checkpoint: Checkpoint) -> str:
     paths = {piece.file.path for piece in checkpoint.pieces}
     facts = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted({*paths, *checkpoint.folder.glob("*.json")})
+        for path in sorted({*paths, *checkpoint.side_folder.glob("*.json")})
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ from .library_errors import library_errors
 from .tokenizer import Tokenizer
 from .tokenizer_config import TokenizerConfig
 
-__all__ = ["LLAMA3_BOS", "LLAMA3_STOPS", "NUM_LLAMA3_SPECIALS", "load_ranks"]
+__all__ = ["LLAMA3_BOS", "LLAMA3_PATTERN", "LLAMA3_STOPS", "NUM_LLAMA3_SPECIALS", "load_ranks"]
 
 # Llama 3's split of text into words. Source: Llama 3's published tokenizer (github.com/meta-llama).
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -58,7 +58,7 @@ def load_ranks(
     ranks = _read_ranks(path, data)
     names = _special_names(path, len(ranks), config, num_rows)
     library = tiktoken.Encoding(
-        name=str(path), pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        name=str(path), pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     added = AddedTokens(names.values())
 
