@@ -30,6 +30,7 @@ class RequestOptions(TypedDict, total=False):
     eos_ids: tuple[int, ...] | None
     limit_policy: LimitPolicy
     logprobs: int | None
+    prompt_logprobs: int | None
     sample_index: int
     min_tokens: int
     timeout_s: float | None
@@ -81,7 +82,7 @@ class LanguageModel:
         self.startup = dict(startup or {})
         self.defaults: RequestOptions = defaults or {}
         self.scheduler = Scheduler(backend, tokenizer, keep_prefixes=keep_prefixes)
-        self._folder = folder
+        self.folder = folder
         self._template = template
 
     def generate(
@@ -161,9 +162,9 @@ class LanguageModel:
     ) -> tuple[int, ...]:
         """Writes a conversation as a prompt's token ids; see ChatTemplate.render."""
         if self._template is None:
-            if self._folder is None:
+            if self.folder is None:
                 raise FileNotFoundError("this model has no folder with a chat template")
-            self._template = ChatTemplate.load(self._folder)
+            self._template = ChatTemplate.load(self.folder)
         text = self._template.render(messages, tools=tools, documents=documents)
         if not (ids := self.tokenizer.encode(text, bos=False, special=True)):
             raise ValueError(

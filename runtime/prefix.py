@@ -46,7 +46,7 @@ class Slot:
         Returns:
             The number of ids, less than the prompt's.
         """
-        if request.prefix_scope != self.scope:
+        if request.prefix_scope != self.scope or request.prompt_logprobs is not None:
             return 0
         prompt_ids = request.prompt_ids
         limit = min(len(self.kept_ids), len(prompt_ids) - 1)

@@ -58,6 +58,8 @@ class Request:
         limit_policy: Where the cache is full, "stop" ends with "length" and "roll" overwrites the
             oldest rows, until the RoPE tables end.
         logprobs: None is off; n gives each token's log-probability and its n best alternatives.
+        prompt_logprobs: The same for the prompt's ids but the first. The prompt is then fed a token
+            a step, beside what others decode.
 
     Raises:
         ValueError: The prompt or a stop text is empty, or a number is out of its range.
@@ -76,6 +78,7 @@ class Request:
     prefix_scope: str = ""
     limit_policy: LimitPolicy = "stop"
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -95,8 +98,10 @@ class Request:
             raise ValueError(f"stop is {self.stop!r}; give a tuple of texts, none empty")
         if self.limit_policy not in ("stop", "roll"):
             raise ValueError(f'limit_policy is {self.limit_policy!r}; it must be "stop" or "roll"')
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs is {self.logprobs}; it must be None (off) or 0 and above")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"{name} is {number}; it must be None (off) or 0 and above")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +117,8 @@ class Completion:
         error: What went wrong, in one line, where the reason is "error".
         logprobs: Log-probability of each of ids under the raw logits, if asked for.
         top_logprobs: The best alternatives for each of ids, as (id, logprob), if asked for.
+        prompt_logprobs: Log-probability of each of the prompt's ids but the first, if asked for.
+        prompt_top_logprobs: The best alternatives for each of these.
         num_reused: Ids at the prompt's beginning whose rows a slot held already.
         queue_s: From submit to the slot.
         prefill_s: Time in the backend for this prompt's chunks.
@@ -127,6 +134,8 @@ class Completion:
     error: str | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
     num_reused: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -193,10 +202,39 @@ class LiveRequest:
         return bool(self.completion.ids)
 
     @property
+    def scored(self) -> bool:
+        """Whether the prompt is fed by decode steps, whose logits tell of its next id."""
+        return self.request.prompt_logprobs is not None and not self.decoding
+
+    @property
+    def next_id(self) -> int:
+        """What a decode step feeds the request's slot."""
+        if self.scored:
+            return self.request.prompt_ids[self.num_prefilled]
+        return self.completion.ids[-1] if self.decoding else 0
+
+    @property
     def next_position(self) -> int:
         """Where the next id is fed: the newest token's position, or the prompt's next one."""
         num_new = len(self.completion.ids)
         return len(self.request.prompt_ids) + num_new - 1 if num_new else self.num_prefilled
+
+    def take_scored(self, logits: NDArray[np.float32]) -> None:
+        """Takes the [V] logits behind one of the prompt's ids."""
+        prompt_ids, completion = self.request.prompt_ids, self.completion
+        if self.num_prefilled + 1 == len(prompt_ids):
+            self.take(logits)
+        else:
+            logprobs = log_softmax(logits)
+            logprob = float(logprobs[prompt_ids[self.num_prefilled + 1]])
+            if not math.isfinite(logprob):
+                completion.error = f"the prompt's log-probability is {logprob}"
+                self.finish("error")
+                return
+            best = top_logprobs(logprobs[: self.allowed_size], self.request.prompt_logprobs or 0)
+            completion.prompt_logprobs.append(logprob)
+            completion.prompt_top_logprobs.append(best)
+        self.num_prefilled += 1
 
     def take(self, logits: NDArray[np.float32]) -> None:
         """Samples a token from [V] logits and sends its event, which may be the last."""

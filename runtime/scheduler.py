@@ -160,8 +160,9 @@ class Scheduler:
             self._end_late()
             if not self._events:
                 self._assign_slots()
-                prompting = [slot for slot in self._slots if slot.live and not slot.live.decoding]
-                decoding = [slot for slot in self._slots if slot.live and slot.live.decoding]
+                taken = [slot for slot in self._slots if slot.live]
+                decoding = [slot for slot in taken if _decodes(slot)]
+                prompting = [slot for slot in taken if not _decodes(slot)]
                 if prompting and not (self._decode_next and decoding):
                     self._prefill(min(prompting, key=_turn), longest=self._longest(bool(decoding)))
                     self._decode_next = True
@@ -287,11 +288,12 @@ class Scheduler:
         positions = np.zeros(len(self._slots), dtype=np.int64)
         for index, slot in enumerate(self._slots):
             positions[index] = slot.next_position
-            if slot.live and slot.live.decoding:
-                ids[index] = slot.live.completion.ids[-1]
+            ids[index] = slot.live.next_id if slot.live else 0
         logits = self._backend.decode(ids, positions)
         for slot, row in zip(self._slots, logits, strict=True):
-            if slot.live and slot.live.decoding:
+            if slot.live and slot.live.scored:
+                slot.live.take_scored(row)
+            elif slot.live and slot.live.decoding:
                 slot.live.take(row)
         self._forget_finished()
 
@@ -305,3 +307,7 @@ def _turn(slot: Slot) -> tuple[int, int]:
     """Prompts take their chunks in turn, new ones first."""
     assert slot.live is not None
     return slot.live.last_chunk, slot.live.request_id
+
+
+def _decodes(slot: Slot) -> bool:
+    return slot.live is not None and (slot.live.decoding or slot.live.scored)

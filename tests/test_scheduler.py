@@ -593,6 +593,25 @@ def test_logprobs_are_those_of_the_raw_logits(sampling):
         assert got.top_logprobs[i] == tuple((j, logprobs[j]) for j in best)
 
 
+def test_a_prompt_is_scored_beside_what_others_do():
+    asked = [request(9, 1, prompt_logprobs=2, sampling=SEEDED), request(6, 2), request(1, 3)]
+    backend = HashBackend(batch=2)
+    scheduler = Scheduler(backend, letters(), eos_ids=(), keep_prefixes=True)
+    run_requests(scheduler, asked)  # leaves rows that the next ones could start from
+    scored, beside, single = run_requests(scheduler, [*asked[:2], request(1, prompt_logprobs=0)])
+    assert scored.ids == expected(asked[0], allowed_size=63)[0]
+    assert beside.ids == expected(asked[1], allowed_size=63)[0]
+    rows = []
+    for position, token_id in enumerate(scored.prompt_ids[:-1]):
+        rows.append(mix(token_id, position, rows))
+        logprobs = log_softmax(row_logits(rows[-1]))
+        assert scored.prompt_logprobs[position] == logprobs[scored.prompt_ids[position + 1]]
+        best = sorted(range(63), key=lambda j: -logprobs[j])[:2]
+        assert scored.prompt_top_logprobs[position] == tuple((j, logprobs[j]) for j in best)
+    assert len(scored.prompt_logprobs) == 8
+    assert single.prompt_logprobs == beside.prompt_logprobs == []
+
+
 def test_logprobs_of_0_and_none_and_beside_an_eos():
     ids = expected(request(5))[0]
     (got,) = generate(HashBackend(), None, [request(5, logprobs=0, stop_ids=(ids[3],))])
@@ -774,6 +793,43 @@ def test_what_waits_is_bounded():
 
 
 # --- rows that are kept ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_prompts_with_shared_beginnings_and_cancels_give_what_each_gives_alone(data):
+    scheduler = Scheduler(
+        HashBackend(batch=data.draw(st.integers(1, 3), "B"), prefill_lens=(2, 6)),
+        None,
+        keep_prefixes=True,
+    )
+    asked, done = {}, {}
+    conversations = [prompt(4, seed) for seed in range(2)]
+    for _ in range(20):
+        branch = data.draw(st.integers(0, len(conversations) - 1))
+        more = data.draw(st.lists(st.integers(3, 6), max_size=3))
+        one = Request(
+            prompt_ids=(*conversations[branch], *more)[:20],
+            max_new_tokens=data.draw(st.integers(1, 8)),
+            sampling=data.draw(st.sampled_from([GREEDY, SEEDED])),
+            prompt_logprobs=data.draw(st.sampled_from([None, None, None, 0])),
+            timeout_s=data.draw(st.sampled_from([None, None, None, 1e-9])),
+        )
+        asked[scheduler.submit(one)] = one
+        for _ in range(data.draw(st.integers(0, 12), "steps before the next")):
+            done |= completions(scheduler.step())
+        if data.draw(st.integers(0, 3)) == 0:
+            scheduler.cancel(data.draw(st.sampled_from(sorted(asked))))
+        for got in done.values():
+            conversations.append((*got.prompt_ids, *got.ids)[:18])
+    done |= completions(run(scheduler))
+    assert done.keys() == asked.keys()
+    for request_id, got in done.items():
+        ids, reason, _ = expected(asked[request_id])
+        if got.finish_reason in ("cancelled", "timeout"):
+            assert got.ids == ids[: len(got.ids)]
+        else:
+            assert (got.ids, got.finish_reason) == (ids, reason)
 
 
 def test_rows_are_not_shared_between_scopes():

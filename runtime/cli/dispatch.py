@@ -39,6 +39,11 @@ _EXTRAS = {
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "transformers": "dev",
+    "starlette": "serve",
+    "anyio": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "structured",
 }
 _MAX_DEFAULT_BATCH = 8
 _MAX_SAMPLES = 10_000
@@ -59,6 +64,7 @@ def run(words: Sequence[str]) -> int:
             "generate": _generate,
             "run": _generate,
             "chat": _chat,
+            "serve": _serve,
             "score": _score,
             "export": _export,
             "quantize": _quantize,
@@ -214,6 +220,19 @@ def _chat(args: argparse.Namespace) -> int:
         tools=tools,
         make_request=lambda ids: model.request(ids, **options),
     )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from ..serve.run import run_server
+    from .serve_options import serve_config
+
+    logging.getLogger("llamac").setLevel(logging.INFO)
+    source = args.model or (args.words.pop(0) if args.words else None)
+    if args.words:
+        raise ValueError(f"{args.words[0]!r} is one source too many; serve takes one")
+    options = LoadOptions(**_given(args, tuple(LoadOptions.__annotations__)))
+    config = serve_config(args, source, options)
+    return run_server(config, host=args.host, port=args.port, announce=say)
 
 
 def _score(args: argparse.Namespace) -> int:

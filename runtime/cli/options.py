@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..ort.providers import PROVIDERS
+from .serve_options import add_serve_options
 from .terminal import one_line
 
 __all__ = ["OneLineParser", "parse_words"]
@@ -141,18 +142,22 @@ def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) 
         "--tools", type=Path, metavar="FILE", help="JSON list of functions (default: none)"
     )
     _add_sampling_options(talk)
+    serve = add(
+        "serve", "OpenAI's HTTP interface", "llamac serve ./bundle --port 8000 --max-queue 64"
+    )
+    add_serve_options(serve)
     score = add(
         "score", "perplexity of a text", "llamac score ./Llama-3.2-1B --text-file essay.txt"
     )
     score.add_argument("--text-file", type=Path, required=True, metavar="FILE", help="UTF-8")
     score.add_argument("--json", action="store_true", help="also each token's logprob")
-    for parser in (talk, score):
+    for parser in (talk, score, serve):
         parser.usage = f"{parser.prog} [SOURCE] [options]"
         parser.add_argument("words", nargs="*", metavar="SOURCE", help=_SOURCE_HELP)
         parser.add_argument("--model", metavar="SOURCE", help="the same")
-    for parser in (generate, talk, score):
+    for parser in (generate, talk, score, serve):
         _add_torch_options(parser)
-    for parser in (generate, infer, talk, score):
+    for parser in (generate, infer, talk, score, serve):
         _add_ort_options(parser)
 
 
@@ -225,7 +230,10 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=_DTYPES, help="(default: the checkpoint's own)")
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
-        "--batch-size", type=int, metavar="B", help="cache slots (default: the prompts, at most 8)"
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="cache slots (default: the prompts, at most 8; of serve 8)",
     )
     _add_shape_options(group)
 
@@ -247,7 +255,10 @@ def _add_shape_options(parser: Any) -> None:
 
 def _add_ort_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: one per core)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: one per core; of serve one less, shared out)",
     )
     group = parser.add_argument_group("of bundles")
     providers = tuple(PROVIDERS)
