@@ -28,7 +28,9 @@ from .commands import generate_texts, score_text
 from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
 from .input_text import checked_text, read_prompts, read_text, read_tools, typed_lines
 from .options import parse_words
+from .serve_command import serve
 from .terminal import LineFormatter, emit, progress_bar, say, status
+from .text_options import given
 from .text_table import format_table
 
 __all__ = ["run"]
@@ -64,7 +66,7 @@ def run(words: Sequence[str]) -> int:
             "generate": _generate,
             "run": _generate,
             "chat": _chat,
-            "serve": _serve,
+            "serve": serve,
             "score": _score,
             "export": _export,
             "quantize": _quantize,
@@ -116,12 +118,6 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The options among these that the command line names."""
-    found = {name: getattr(args, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _open_source(args: argparse.Namespace) -> Source:
     """Takes the source, the first word unless --model names one, and opens it."""
     source = getattr(args, "model", None)
@@ -131,7 +127,7 @@ def _open_source(args: argparse.Namespace) -> Source:
             raise FileNotFoundError(
                 f"{source}: no such source; a text for the demo model is given as -p TEXT"
             )
-    options = LoadOptions(**_given(args, tuple(LoadOptions.__annotations__)))
+    options = LoadOptions(**given(args, tuple(LoadOptions.__annotations__)))
     if args.command == "run":
         options["backend"] = "ort"
     return open_source(source, **options)
@@ -139,13 +135,13 @@ def _open_source(args: argparse.Namespace) -> Source:
 
 def _request_options(args: argparse.Namespace) -> RequestOptions:
     """What the command line asks of every request; bad options are refused here."""
-    sampling = _given(args, SAMPLING_KEYS)
+    sampling = given(args, SAMPLING_KEYS)
     sampling["seed"] = secrets.randbits(32) if args.seed is None else args.seed
     logprobs = getattr(args, "logprobs", None)
     if logprobs is not None and not args.json:
         raise ValueError("--logprobs is printed as JSON only; add --json")
     options: dict[str, Any] = {
-        **_given(args, ("max_new_tokens", "min_tokens", "presence_penalty", "frequency_penalty")),
+        **given(args, ("max_new_tokens", "min_tokens", "presence_penalty", "frequency_penalty")),
         "logit_bias": tuple(args.logit_bias),
         "stop": tuple(args.stop),
         "stop_ids": tuple(args.stop_id),
@@ -220,19 +216,6 @@ def _chat(args: argparse.Namespace) -> int:
         tools=tools,
         make_request=lambda ids: model.request(ids, **options),
     )
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from ..serve.run import run_server
-    from .serve_options import serve_config
-
-    logging.getLogger("llamac").setLevel(logging.INFO)
-    source = args.model or (args.words.pop(0) if args.words else None)
-    if args.words:
-        raise ValueError(f"{args.words[0]!r} is one source too many; serve takes one")
-    options = LoadOptions(**_given(args, tuple(LoadOptions.__annotations__)))
-    config = serve_config(args, source, options)
-    return run_server(config, host=args.host, port=args.port, announce=say)
 
 
 def _score(args: argparse.Namespace) -> int:

@@ -1,17 +1,20 @@
-"""The words of `llamac serve`, and what they ask for."""
+"""`llamac serve`: its options, and what they ask for."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..load import LoadOptions
+from .terminal import say
+from .text_options import given
 
 if TYPE_CHECKING:
     from ..serve.app import ServeConfig
 
-__all__ = ["add_serve_options", "serve_config"]
+__all__ = ["add_serve_options", "serve"]
 
 _MAX_REPLICAS = 64
 
@@ -70,21 +73,30 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def serve_config(args: argparse.Namespace, source: str | None, options: LoadOptions) -> ServeConfig:
-    """Makes what the server takes of the command line.
+def serve(args: argparse.Namespace) -> int:
+    """Serves a model until a signal ends it.
 
     Args:
-        args: Of `add_serve_options`.
-        source: What is served.
-        options: How it is loaded.
+        args: Of `add_serve_options`, and how the source is loaded.
 
     Returns:
-        The configuration.
+        The exit code.
 
     Raises:
-        FileNotFoundError: There is no such file of keys.
-        ValueError: An option is out of its range.
+        ValueError: An option is out of its range, or the model can't be loaded.
+        OSError: A file or the address can't be had.
     """
+    from ..serve.run import run_server
+
+    logging.getLogger("llamac").setLevel(logging.INFO)
+    source = args.model or (args.words.pop(0) if args.words else None)
+    if args.words:
+        raise ValueError(f"{args.words[0]!r} is one source too many; serve takes one")
+    config = _config(args, source, LoadOptions(**given(args, tuple(LoadOptions.__annotations__))))
+    return run_server(config, host=args.host, port=args.port, announce=say)
+
+
+def _config(args: argparse.Namespace, source: str | None, options: LoadOptions) -> ServeConfig:
     from ..serve.admission import Limits
     from ..serve.app import ServeConfig
     from ..serve.messages import EngineSetup
