@@ -13,7 +13,7 @@ from .request import Completion, Event, LimitPolicy, Request
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text.chat_template import ChatTemplate
-from .text.constraint import Grammar
+from .text.constraint import Grammar, GrammarCompiler
 from .text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "RequestOptions", "make_request"]
@@ -81,7 +81,12 @@ class LanguageModel:
         self.name = name
         self.startup = dict(startup or {})
         self.defaults: RequestOptions = defaults or {}
-        self.scheduler = Scheduler(backend, tokenizer, keep_prefixes=keep_prefixes)
+        self.scheduler = Scheduler(
+            backend,
+            tokenizer,
+            keep_prefixes=keep_prefixes,
+            constraints=GrammarCompiler(tokenizer),
+        )
         self.folder = folder
         self._template = template
 

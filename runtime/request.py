@@ -249,7 +249,9 @@ class LiveRequest:
                 allowed=constraint.allowed() if constraint else None,
                 banned_ids=self.end_ids if early else (),
             )
-        except ValueError as error:  # logits that can't be sampled from are this request's alone
+            if constraint and token_id not in self.end_ids:
+                constraint.accept(token_id)
+        except ValueError as error:  # what can't be sampled from is this request's alone
             completion.error = str(error)
             self.finish("error")
             return
@@ -262,8 +264,6 @@ class LiveRequest:
         if token_id in self.end_ids:
             self.finish("stop")
             return
-        if constraint:
-            constraint.accept(token_id)
         logprob, alternatives = None, None
         if completion.logprobs is not None and completion.top_logprobs is not None:
             logprobs = log_softmax(logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,6 +131,57 @@ def test_parts_and_tools_reach_the_template(served: Served, tmp_path: Path, bund
         assert text == "system Oneassistant 42look"
         tokens = other.ask("/tokenize", {**body, "tool_choice": "none"})[1]["tokens"]
         assert other.ask("/detokenize", {"tokens": tokens})[1]["prompt"] == text[:-4]
+
+
+# --- structured output ---
+
+PLACE = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["park", "hill"]}, "size": {"type": "boolean"}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": PLACE}} for name in ("go", "see")
+]
+
+
+def test_a_response_format_is_kept(client: OpenAI):
+    named = {"name": "place", "schema": PLACE}
+    done = client.chat.completions.create(
+        model="demo",
+        messages=CHAT,
+        n=8,
+        response_format={"type": "json_schema", "json_schema": named},
+    )
+    for choice in done.choices:
+        assert choice.finish_reason == "stop"
+        assert json.loads(choice.message.content)["kind"] in ("park", "hill")
+
+
+def test_a_tool_is_called_if_it_has_to_be(served: Served):
+    body = {"messages": CHAT, "tools": TOOLS, "seed": 4, "n": 4}
+    with make_client(served, _strict_response_validation=False) as client:
+        whole = client.chat.completions.create(model="demo", tool_choice="required", **body)
+        assert {c.message.tool_calls[0].function.name for c in whole.choices} <= {"go", "see"}
+        assert {c.finish_reason for c in whole.choices} == {"tool_calls"}
+        calls = [c.message.tool_calls[0].function for c in whole.choices]
+        assert all(json.loads(call.arguments)["kind"] in ("park", "hill") for call in calls)
+        stream = client.chat.completions.create(
+            model="demo", tool_choice="required", stream=True, **body
+        )
+        told = {c.index: c for chunk in stream for c in chunk.choices if c.delta.tool_calls}
+        streamed = [told[i].delta.tool_calls[0].function for i in range(4)]
+        assert [(f.name, f.arguments) for f in streamed] == [(f.name, f.arguments) for f in calls]
+        named = {"type": "function", "function": {"name": "see"}}
+        only = client.chat.completions.create(model="demo", tool_choice=named, **body)
+        assert {c.message.tool_calls[0].function.name for c in only.choices} == {"see"}
+
+
+def test_completions_take_grammars_too(served: Served):
+    body = {"prompt": PROMPT, "structured_outputs": {"regex": "[ab]{5}"}, "max_tokens": 50}
+    (choice,) = served.ask("/v1/completions", body)[1]["choices"]
+    assert re.fullmatch("[ab]{5}", choice["text"])
 
 
 # --- the same tokens as without a server ---
@@ -298,6 +350,12 @@ def test_bad_completions(served: Served, body: Any, param: str | None, message: 
         ({"messages": [{"role": "king", "content": "a"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": CHAT, "tools": "all"}, "tools"),
+        ({"messages": CHAT, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": CHAT, "tools": TOOLS, "tool_choice": "go"}, "tool_choice"),
+        ({"messages": CHAT, "tools": [{}], "tool_choice": "required"}, "tools"),
+        ({"messages": CHAT, "response_format": {"type": "xml"}}, "response_format"),
+        ({"messages": CHAT, "response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"messages": CHAT, "structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"messages": CHAT, "audio": {"voice": "x"}}, "audio"),
         ({"messages": CHAT, "modalities": ["audio"]}, "modalities"),
         ({"messages": CHAT, "top_logprobs": 99, "logprobs": True}, "top_logprobs"),

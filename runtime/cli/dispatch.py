@@ -26,7 +26,7 @@ from ..text.tokenizer_files import load_tokenizer
 from .chat import chat
 from .commands import generate_texts, score_text
 from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
-from .input_text import checked_text, read_prompts, read_text, read_tools, typed_lines
+from .input_text import checked_text, read_prompts, read_schema, read_text, read_tools, typed_lines
 from .options import parse_words
 from .serve_command import serve
 from .terminal import LineFormatter, emit, progress_bar, say, status
@@ -147,6 +147,7 @@ def _request_options(args: argparse.Namespace) -> RequestOptions:
         "stop_ids": tuple(args.stop_id),
         "limit_policy": args.limit,
         "eos_ids": () if args.ignore_eos else None,
+        "grammar": read_schema(getattr(args, "json_schema", None)),
         "logprobs": logprobs,
     }
     asked = RequestOptions(**options, **sampling)

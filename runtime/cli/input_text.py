@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "checked_text", "read_prompts", "read_text", "read_tools", "typed_lines"]
+from ..text.constraint import Grammar
+
+__all__ = [
+    "Prompt",
+    "checked_text",
+    "read_prompts",
+    "read_schema",
+    "read_text",
+    "read_tools",
+    "typed_lines",
+]
 
 _MAX_BYTES = 1 << 30
 
@@ -117,6 +127,26 @@ def read_tools(file: Path) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{file}: not a list of objects, each a function's description")
     return tools
+
+
+def read_schema(file: Path | None) -> Grammar | None:
+    """Reads the JSON schema that a text must be of.
+
+    Args:
+        file: None is no schema.
+
+    Returns:
+        The grammar, or None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no schema, or one that isn't supported.
+    """
+    if file is None:
+        return None
+    grammar = Grammar(kind="json_schema", text=read_text(file))
+    grammar.check()
+    return grammar
 
 
 def typed_lines() -> Iterator[str]:

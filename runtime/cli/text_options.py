@@ -42,6 +42,9 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--no-display-prompt", action="store_true", help="print the continuation alone"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="what the text must be (default: anything)"
+    )
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives (JSON)")
 
 

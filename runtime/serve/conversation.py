@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..text.constraint import Grammar
 from .errors import ApiError
 from .fields import Fields
+from .structured import checked
 
-__all__ = ["read_messages"]
+__all__ = ["read_messages", "read_tool_choice"]
 
 _ROLES = {
     "system": "system",
@@ -35,10 +37,50 @@ def read_messages(fields: Fields) -> tuple[list[dict[str, Any]], list[dict[str, 
     if not messages:
         raise fields.error("messages", "a list of at least one message")
     tools = fields.objects("tools")
+    is_none = fields.get("tool_choice") == "none"
+    return [_message(message) for message in messages], None if is_none else tools
+
+
+def read_tool_choice(fields: Fields, tools: list[dict[str, Any]] | None) -> Grammar | None:
+    """What an answer must be where a tool has to be called: `{"name": ..., "arguments": ...}`.
+
+    Args:
+        fields: The body of a chat request.
+        tools: What `read_messages` found.
+
+    Returns:
+        The grammar, or None where the model may answer as it likes.
+
+    Raises:
+        ApiError: The choice names no tool, or a tool is not a function with a JSON schema.
+    """
     choice = fields.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise ApiError(400, 'tool_choice must be "none" or "auto"', param="tool_choice")
-    return [_message(message) for message in messages], None if choice == "none" else tools
+    if choice in (None, "none", "auto"):
+        return None
+    functions = [tool.get("function") for tool in tools or []]
+    if isinstance(choice, dict):
+        wanted = Fields(choice).object("function").get("name")
+        functions = [f for f in functions if isinstance(f, dict) and f.get("name") == wanted]
+    elif choice != "required":
+        raise fields.error("tool_choice", '"none", "auto", "required" or a function\'s name')
+    if not functions:
+        raise ApiError(400, "tool_choice names none of the tools", param="tool_choice")
+    calls = [_call_schema(function) for function in functions]
+    grammar = Grammar(kind="json_schema", text=json.dumps({"anyOf": calls}))
+    return checked(grammar, "tools")
+
+
+def _call_schema(function: object) -> dict[str, Any]:
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str):
+        raise ApiError(400, "a tool is not a function with a name", param="tools")
+    arguments = function.get("parameters") or {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..language_model import RequestOptions, make_request
 from ..request import Request
-from .conversation import read_messages
+from .conversation import read_messages, read_tool_choice
 from .errors import ApiError
 from .fields import Fields, is_ids
 from .served_model import ServedModel
+from .structured import read_grammar
 
 __all__ = ["Asked", "read_chat", "read_completions"]
 
@@ -36,6 +37,7 @@ class Asked:
         max_tokens: 0 gives the prompt alone; the sample that is made then is not told.
         stream: Whether the answer is a stream of events.
         usage: Whether such a stream tells the number of tokens.
+        calls_tool: Whether each text is a tool's call, written as JSON.
     """
 
     requests: tuple[Request, ...]
@@ -46,6 +48,7 @@ class Asked:
     max_tokens: int | None
     stream: bool
     usage: bool
+    calls_tool: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -84,6 +87,7 @@ def read_completions(fields: Fields, model: ServedModel, scope: RequestOptions) 
     options: dict[str, Any] = {
         **_sampling(fields, model),
         **scope,
+        "grammar": read_grammar(fields),
         "logprobs": 0 if logprobs is None and best_of > n else logprobs,
         "prompt_logprobs": logprobs if echo else None,
     }
@@ -111,6 +115,7 @@ def read_chat(fields: Fields, model: ServedModel, scope: RequestOptions) -> Aske
     if set(modalities) - {"text"}:
         raise ApiError(400, "modalities other than text are not supported", param="modalities")
     messages, tools = read_messages(fields)
+    forced = read_tool_choice(fields, tools)
     ids = model.render(messages, tools)
     model.check_prompt(ids, "messages")
     n = fields.integer("n", 1, _MAX_CHOICES) or 1
@@ -120,7 +125,12 @@ def read_chat(fields: Fields, model: ServedModel, scope: RequestOptions) -> Aske
     max_tokens = fields.integer("max_completion_tokens", 1, 2**31)
     if max_tokens is None:
         max_tokens = fields.integer("max_tokens", 1, 2**31)
-    options: dict[str, Any] = {**_sampling(fields, model), **scope, "logprobs": logprobs}
+    options: dict[str, Any] = {
+        **_sampling(fields, model),
+        **scope,
+        "grammar": forced or read_grammar(fields),
+        "logprobs": logprobs,
+    }
     requests = [
         _request(fields, model, ids, max_tokens, {**options, "sample_index": index})
         for index in range(n)
@@ -135,6 +145,7 @@ def read_chat(fields: Fields, model: ServedModel, scope: RequestOptions) -> Aske
         max_tokens=max_tokens,
         stream=stream,
         usage=stream and fields.object("stream_options").flag("include_usage"),
+        calls_tool=forced is not None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -161,30 +163,55 @@ class ChatForm:
     def choice(self, index: int, sample: Sample) -> dict[str, Any]:
         """See Form."""
         rows = list(zip(sample.ids, sample.logprobs, sample.top_logprobs, strict=False))
+        message = {"role": "assistant", "content": sample.text, "refusal": None}
+        reason = sample.finish_reason
+        if (call := self._call(sample)) is not None:
+            message |= {"content": None, "tool_calls": [call]}
+            reason = "tool_calls"
         return {
             "index": index,
-            "message": {"role": "assistant", "content": sample.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(rows),
-            "finish_reason": sample.finish_reason,
+            "finish_reason": reason,
         }
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """See Form."""
-        return [self._delta(index, {"role": "assistant", "content": ""})]
+        content = None if self.asked.calls_tool else ""
+        return [self._delta(index, {"role": "assistant", "content": content})]
 
     def token(self, index: int, event: EngineEvent) -> dict[str, Any] | None:
         """See Form."""
         rows = []
         if event.token_id is not None and event.logprob is not None:
             rows = [(event.token_id, event.logprob, event.top_logprobs or ())]
+        logprobs = self._logprobs(rows) if rows else None
+        if self.asked.calls_tool:  # a call is told at its end, once it is whole
+            return self._delta(index, {}, logprobs) if rows else None
         if not event.text and not rows:
             return None
-        logprobs = self._logprobs(rows) if rows else None
         return self._delta(index, {"content": event.text}, logprobs)
 
     def closing(self, index: int, sample: Sample) -> dict[str, Any]:
         """See Form."""
-        return {**self._delta(index, {}), "finish_reason": sample.finish_reason}
+        delta: dict[str, Any] = {}
+        reason = sample.finish_reason
+        if (call := self._call(sample)) is not None:
+            delta, reason = {"tool_calls": [{"index": 0, **call}]}, "tool_calls"
+        elif self.asked.calls_tool:
+            delta = {"content": sample.text}
+        return {**self._delta(index, delta), "finish_reason": reason}
+
+    def _call(self, sample: Sample) -> dict[str, Any] | None:
+        """The call that a text is, if it has to be one and is whole."""
+        if not self.asked.calls_tool or sample.finish_reason != "stop":
+            return None
+        try:
+            call = json.loads(sample.text)
+            function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+        except (ValueError, TypeError, KeyError):  # a stop text cut it
+            return None
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
     def _delta(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
