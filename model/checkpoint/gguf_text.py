@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...runtime.cache_folder import cache_folder
+from ...runtime.sampling import SamplingParams
 from ...runtime.text.rank_format import LLAMA3_STOPS
+from ...runtime.text.tokenizer_files import load_tokenizer
 from ...runtime.typed_json import check_bool, check_int, shown
 from .gguf_tokenizer import Vocabulary, sentencepiece_model, tokenizer_json
 
@@ -53,17 +55,19 @@ def write_text_files(path: Path, values: dict[str, Any], digest: str) -> Path:
         return folder
     files = _text_files(path, values)
     try:
-        scratch = Path(tempfile.mkdtemp(dir=parent, prefix="."))
-        try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
             for name, content in files.items():
-                with (scratch / name).open("wb") as stream:
+                with (new / name).open("wb") as stream:
                     stream.write(content)
                     os.fsync(stream.fileno())
-            scratch.rename(folder)
-        except OSError:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if not folder.is_dir():  # written meanwhile by another process, it has the same
-                raise
+            _check(path, new)
+            try:
+                new.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # another process was faster, with the same
+                    raise
     except OSError as error:
         raise ValueError(
             f"{parent}: can't be written ({error.strerror}); set XDG_CACHE_HOME to a folder you "
@@ -119,10 +123,7 @@ def end_ids(path: Path, values: dict[str, Any]) -> tuple[int, ...]:
 
 def _text_files(path: Path, values: dict[str, Any]) -> dict[str, bytes]:
     """File name to content; only the end ids where the file has no tokenizer."""
-    generation: dict[str, Any] = {"eos_token_id": list(end_ids(path, values))}
-    for key, name in _SAMPLING.items():
-        if f"general.sampling.{key}" in values:
-            generation[name] = values[f"general.sampling.{key}"]
+    generation = {"eos_token_id": list(end_ids(path, values)), **_sampling(path, values)}
     files = {"generation_config.json": _json(generation)}
     kind = values.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -152,6 +153,30 @@ def _text_files(path: Path, values: dict[str, Any]) -> dict[str, bytes]:
         config["added_tokens_decoder"] = vocabulary.added_tokens()
     files["tokenizer_config.json"] = _json(config | _templates(path, values))
     return files
+
+
+def _check(path: Path, folder: Path) -> None:
+    """What is wrong with the tokenizer is said of the file that it came from."""
+    with contextlib.suppress(FileNotFoundError):  # there need not be one
+        try:
+            load_tokenizer(folder)
+        except ValueError as error:
+            text = str(error).replace(f"{folder}/", "")
+            raise ValueError(f"{path}: its tokenizer is damaged ({text})") from None
+
+
+def _sampling(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The sampling settings that the file recommends, under their names in HF's folders."""
+    stated = {name: values.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    found = {name: value for name, value in stated.items() if value is not None}
+    try:
+        for name, value in found.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"{name} is {shown(value)}; it must be a number")
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: general.sampling: {error}") from None
+    return found
 
 
 def _templates(path: Path, values: dict[str, Any]) -> dict[str, Any]:
