@@ -31,7 +31,7 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 # What the quantizing library can't make; any bits but the scales' are valid.
-_RANDOM = ("Q4_K", "Q5_K", "Q6_K")
+_RANDOM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
 def write_gguf(
@@ -91,12 +91,18 @@ def raw_blocks(weight: np.ndarray, kind: str) -> np.ndarray:
     num_weights, num_bytes = BLOCKS[kind]
     shape = (weight.shape[0], weight.shape[1] // num_weights)
     raw = rng.integers(0, 256, (*shape, num_bytes), dtype=np.uint8)
-    halves = (rng.uniform(0.0005, 0.002, (*shape, 2))).astype(np.float16).view(np.uint8)
-    if kind == "Q6_K":
-        raw[..., 208:] = halves[..., :2]
-    else:
-        raw[..., :4] = halves
+    set_halves(raw, kind, rng.uniform(0.0005, 0.002, (*shape, 2)))
     return raw.reshape(weight.shape[0], -1)
+
+
+def set_halves(raw: np.ndarray, kind: str, values: np.ndarray) -> None:
+    """Writes the scale, and the minimum if there is one, of blocks [..., bytes of one]."""
+    place = {
+        **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), slice(0, 4)),
+        **{"Q2_K": slice(80, 84), "Q3_K": slice(108, 110), "Q6_K": slice(208, 210)},
+    }.get(kind, slice(0, 2))
+    halves = values.astype(np.float16).view(np.uint8)
+    raw[..., place] = halves[..., : place.stop - place.start]
 
 
 def sentencepiece_vocabulary(model_file: Path) -> dict[str, Any]:

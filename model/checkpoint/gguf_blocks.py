@@ -22,6 +22,16 @@ from .gguf_file import BLOCKS
 
 __all__ = ["BLOCK_FORMATS", "BlockFormat"]
 
+# What a nibble of IQ4_NL and IQ4_XS stands for, 128 being zero.
+_LEVELS = (
+    torch.tensor(
+        [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+        dtype=torch.int16,
+    )
+    .add(128)
+    .to(torch.uint8)
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
@@ -84,6 +94,36 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (low | high.flatten(-3) << 4) + (128 - 32)
 
 
+def _q2_k(blocks: Tensor) -> Tensor:
+    """16 bytes of scales and minima, 64 bytes of pairs of bits, two float16."""
+    return _pairs(blocks[..., 16:80])
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    """32 bytes of third bits, 64 of pairs of bits, 12 of scales, a float16; 4 is zero."""
+    high = _bits(blocks[..., None, :32], range(8), 1, -2).flatten(-2)
+    return (_pairs(blocks[..., 32:96]) | high << 2) + (8 - 4)
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """As Q4_0, of values from a table."""
+    return _levels(_q4_0(blocks))
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    """A float16, 6 bytes of scales, eight times 16 bytes of nibbles; values from a table."""
+    return _levels(_halves(blocks[..., 8:].unflatten(-1, (8, 16))))
+
+
+def _levels(nibbles: Tensor) -> Tensor:
+    return _LEVELS.index_select(0, nibbles.flatten().int()).view_as(nibbles)
+
+
+def _pairs(packed: Tensor) -> Tensor:
+    """Two times 32 bytes, each of them a weight of four groups of 32."""
+    return _bits(packed.unflatten(-1, (2, 1, 32)), range(0, 8, 2), 3, -2).flatten(-3)
+
+
 def _halves(nibbles: Tensor) -> Tensor:
     """The low nibbles of [..., groups, bytes], then its high ones, group after group."""
     both = torch.stack((nibbles & 0xF, nibbles >> 4), -2)
@@ -119,6 +159,28 @@ def _k_scale(blocks: Tensor) -> Tensor:
 
 def _k_minimum(blocks: Tensor) -> Tensor:
     return -(_half(blocks, 2).float()[..., None] * _six_bits(blocks)[1]).flatten(1)
+
+
+def _q2_k_scale(blocks: Tensor) -> Tensor:
+    return (_half(blocks, 80).float()[..., None] * (blocks[..., :16] & 0xF)).flatten(1)
+
+
+def _q2_k_minimum(blocks: Tensor) -> Tensor:
+    return -(_half(blocks, 82).float()[..., None] * (blocks[..., :16] >> 4)).flatten(1)
+
+
+def _q3_k_scale(blocks: Tensor) -> Tensor:
+    """Eight bytes have the low nibbles of 16 scales, four the upper two bits of four each."""
+    low = torch.cat((blocks[..., 96:104] & 0xF, blocks[..., 96:104] >> 4), -1)
+    high = _bits(blocks[..., None, 104:108], range(0, 8, 2), 3, -2).flatten(-2)
+    return (_half(blocks, 108).float()[..., None] * ((low | high << 4).float() - 32)).flatten(1)
+
+
+def _iq4_xs_scale(blocks: Tensor) -> Tensor:
+    """Two bytes have the upper two bits of eight scales, four their low nibbles."""
+    low = torch.stack((blocks[..., 4:8] & 0xF, blocks[..., 4:8] >> 4), -1).flatten(-2)
+    high = _bits(blocks[..., 2:4, None], range(0, 8, 2), 3, -1).flatten(-2)
+    return (_half(blocks, 0).float()[..., None] * ((low | high << 4).float() - 32)).flatten(1)
 
 
 def _six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,5 +242,9 @@ BLOCK_FORMATS = MappingProxyType(
         "Q4_K": _format("Q4_K", 4, _q4_k, _k_scale, _k_minimum),
         "Q5_K": _format("Q5_K", 8, _q5_k, _k_scale, _k_minimum),
         "Q6_K": _format("Q6_K", 8, _q6_k, _q6_k_scale, group_size=16),
+        "Q2_K": _format("Q2_K", 4, _q2_k, _q2_k_scale, _q2_k_minimum, group_size=16),
+        "Q3_K": _format("Q3_K", 4, _q3_k, _q3_k_scale, group_size=16),
+        "IQ4_NL": _format("IQ4_NL", 8, _iq4_nl, _first_half, scale_dtype="float16"),
+        "IQ4_XS": _format("IQ4_XS", 8, _iq4_xs, _iq4_xs_scale),
     }
 )
