@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.typed_json import shown
 from .kernels.packed_product import dequantize, multiply_packed
 from .linear import Linear
 
 __all__ = ["PackedEmbedding", "PackedFormat", "PackedLinear", "is_packed_part", "project"]
 
 _BITS = (4, 8)
-_SMALLEST_GROUP = 8  # columns of int4 that fill four bytes
+_GROUPS = (16, 32, 64, 128)
+_UNIT = 8  # columns that a whole row's group is a multiple of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,14 @@ class PackedFormat:
 
     Attributes:
         bits: 4 or 8.
-        group_size: Columns that share a scale; it divides K.
+        group_size: Columns that share a scale: 16, 32, 64 or 128, which divides K, or all K.
         scale_dtype: "float32", "float16" or "bfloat16".
         minimum_dtype: One of these if w = u * scale + minimum; None if w = (u - 2^(bits-1)) *
             scale.
         has_order: Whether column i is stored for input order[i], not for input i.
 
     Raises:
-        ValueError: The bits or the group size are not supported.
+        ValueError: The bits are not supported.
     """
 
     bits: int
@@ -47,12 +49,7 @@ class PackedFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
-            raise ValueError(f"weights of {self.bits} bits; only 4 and 8 are supported")
-        if self.group_size < _SMALLEST_GROUP or self.group_size % _SMALLEST_GROUP:
-            raise ValueError(
-                f"groups of {self.group_size} columns; only multiples of {_SMALLEST_GROUP} are "
-                "supported"
-            )
+            raise ValueError(f"weights of {shown(self.bits)} bits; only 4 and 8 are supported")
 
     def tensors(self, num_rows: int, width: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Names what is stored for a weight [num_rows, width].
@@ -65,12 +62,14 @@ class PackedFormat:
             Parameter name to its shape and dtype.
 
         Raises:
-            ValueError: The groups don't divide the width.
+            ValueError: The width can't have such groups.
         """
-        if width % self.group_size:
+        allowed = [g for g in _GROUPS if width % g == 0] + [width] * (width % _UNIT == 0)
+        if self.group_size not in allowed:
+            choices = ", ".join(map(str, allowed)) or "none"
             raise ValueError(
-                f"a weight of {width} columns can't have groups of {self.group_size}; they must "
-                "divide it"
+                f"a weight of {width} columns can't have groups of {shown(self.group_size)}; only "
+                f"{choices} can be read"
             )
         groups = (num_rows, width // self.group_size)
         found: dict[str, tuple[tuple[int, ...], str]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
+_OLDER_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _BASE_PARTS = ("embed_tokens", "layers", "norm")  # of names that a LlamaModel saves
 _LONGEST_NAME = 255  # of a file
 
@@ -56,6 +57,8 @@ def open_hf_folder(folder: Path) -> Checkpoint:
                 pieces[name] = Piece(name=name, file=file, key=key)
     config = _complete(config, folder, list(pieces.values()))
     if quantization is None:
+        quantization = _read_older_settings(folder, pieces)
+    if quantization is None:
         return build_checkpoint(config, folder, pieces.values())
     untied = replace(config, tie_word_embeddings=False)
     try:
@@ -77,6 +80,16 @@ def _read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any] | None]:
         return LlamaConfig.from_dict(data), quantization
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _read_older_settings(folder: Path, pieces: Iterable[str]) -> dict[str, Any] | None:
+    """What AutoGPTQ and AutoAWQ once wrote beside config.json."""
+    if not any(name.endswith(".qweight") for name in pieces):
+        return None
+    for name, method in _OLDER_SETTINGS.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
 
 
 def has_hf_weights(folder: Path) -> bool:
@@ -109,6 +122,8 @@ def _open_files(folder: Path) -> list[TensorFile]:
             return [opener(whole)]
         if index.exists():
             return _open_shards(index, opener)
+    if len(found := list(folder.glob("gptq_model*.safetensors"))) == 1:  # as AutoGPTQ names it
+        return [open_safetensors(found[0])]
     raise FileNotFoundError(f"{folder}: no {' or '.join(_NAMES)}, nor an index of one")
 
 

@@ -65,6 +65,8 @@ class Piece:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the part taken."""
+        if not self.entry.shape:  # a lone number
+            return ()
         first, last = self.rows or (0, self.entry.shape[0])
         row_shape = self.entry.shape[1:] if self.conversion is None else self.conversion.row_shape
         return (last - first, *row_shape)

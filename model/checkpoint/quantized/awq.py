@@ -10,6 +10,7 @@ from torch import Tensor
 from ...packed import PackedFormat
 from .bits import pack_columns, unpack_columns
 from .modules import Modules
+from .signed import SCALE_DTYPES
 
 __all__ = ["read_awq"]
 
@@ -33,12 +34,10 @@ def _read(modules: Modules, module: str, num_rows: int, width: int) -> None:
         raise ValueError(f"{module} has no scales that fit its {width} columns")
     num_groups = scales.shape[0]
     groups = (num_rows, num_groups)
-    words = num_rows * _BITS // 32
+    words = modules.num_words(module, num_rows, _BITS)
     values = modules.take(module, "qweight", shape=(width, words), dtypes=("int32",))
     zeros = modules.take(module, "qzeros", shape=(num_groups, words), dtypes=("int32",))
-    scales = modules.take(
-        module, "scales", shape=groups[::-1], dtypes=("float16", "bfloat16", "float32")
-    )
+    scales = modules.take(module, "scales", shape=groups[::-1], dtypes=SCALE_DTYPES)
     modules.compute(
         module,
         "weight_packed",

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....runtime.typed_json import shown
+from ....runtime.typed_json import check_int, shown
 from ...packed import PackedFormat
 from ..pieces import Piece
-from .compressed_tensors import add_signed
 from .modules import Modules
+from .signed import add_signed
 
 __all__ = ["read_bitsandbytes"]
 
@@ -42,20 +42,22 @@ def read_bitsandbytes(modules: Modules) -> None:
     for kind in ("nf4", "fp4"):
         for module, num_rows, width in modules.with_tensor(f"{_STATE}{kind}"):
             _read_table(modules, module, (num_rows, width), kind)
-    modules.drop("weight_format")
+    for module, _, _ in modules.with_tensor("weight_format"):
+        if modules.values(modules.take(module, "weight_format", shape=(1,), dtypes=("uint8",))):
+            raise ValueError(f"{module}: weight_format isn't 0, rows; save the weights by rows")
 
 
 def _read_table(modules: Modules, module: str, size: tuple[int, int], kind: str) -> None:
     state_piece = modules.find(module, f"{_STATE}{kind}")
     assert state_piece is not None
     modules.take(module, f"{_STATE}{kind}", shape=state_piece.shape, dtypes=("uint8",))
-    state = _state(modules, state_piece, size)
+    nested = modules.find(module, "weight.nested_absmax")
+    state = _state(modules, state_piece, size, is_nested=nested is not None)
     block = state["blocksize"]
     count = size[0] * size[1]
     num_blocks = -(-count // block)
     weight = modules.take(module, "weight", shape=((count + 1) // 2, 1), dtypes=("uint8",))
     table = modules.take(module, "weight.quant_map", shape=(16,), dtypes=("float32",))
-    nested = modules.find(module, "weight.nested_absmax")
     kinds = ("float32",) if nested is None else ("uint8",)
     largest = modules.take(module, "weight.absmax", shape=(num_blocks,), dtypes=kinds)
     inputs = [weight, table, largest]
@@ -85,10 +87,12 @@ def _read_table(modules: Modules, module: str, size: tuple[int, int], kind: str)
     modules.compute(module, "weight", inputs, compute, shape=size, dtype="float32")
 
 
-def _state(modules: Modules, piece: Piece, size: tuple[int, int]) -> dict[str, Any]:
+def _state(
+    modules: Modules, piece: Piece, size: tuple[int, int], *, is_nested: bool
+) -> dict[str, Any]:
     """What bitsandbytes wrote as JSON in bytes."""
     where = f"{piece.file.path}: tensor {piece.key}"
-    if piece.dtype != "uint8" or len(piece.shape) != 1 or piece.shape[0] > 1 << 16:
+    if piece.dtype != "uint8" or len(piece.shape) != 1 or not 0 < piece.shape[0] <= 1 << 16:
         raise ValueError(f"{where} is not bytes of JSON")
     try:
         state = json.loads(bytes(modules.values(piece).tolist()))
@@ -96,8 +100,8 @@ def _state(modules: Modules, piece: Piece, size: tuple[int, int]) -> dict[str, A
         raise ValueError(f"{where} is not bytes of JSON") from None
     if not isinstance(state, dict) or state.get("shape") != list(size):
         raise ValueError(f"{where} describes another weight than {list(size)}")
-    for name, kinds in (("blocksize", int), ("nested_blocksize", int), ("nested_offset", float)):
-        value = state.setdefault(name, kinds(256))
-        if type(value) is not kinds or (kinds is int and not 1 <= value <= 1 << 20):
-            raise ValueError(f"{where}: {name} is {shown(value)}")
+    for name in ("blocksize", "nested_blocksize") if is_nested else ("blocksize",):
+        check_int(f"{where}: {name}", state.get(name), most=1 << 20)
+    if is_nested and type(state.get("nested_offset")) is not float:
+        raise ValueError(f"{where}: nested_offset is {shown(state.get('nested_offset'))}")
     return state

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....runtime.typed_json import shown
 from ...packed import PackedFormat
-from ..pieces import Conversion, Piece
+from ..pieces import Piece
 from .bits import unpack_columns
 from .fp8 import add_scaled
 from .modules import Modules
+from .signed import SCALE_DTYPES, read_signed
 
 __all__ = ["read_compressed_tensors"]
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")
-_SCALES = ("float32", "float16", "bfloat16")
 # Of activations and of a quantized cache, neither of which is quantized here.
 _UNUSED = (
     "weight_shape",
@@ -39,35 +37,56 @@ _UNUSED = (
 def read_compressed_tensors(modules: Modules) -> None:
     """Reads pack-quantized, int-quantized and float-quantized weights; see read_quantized."""
     settings = modules.settings
-    _check_formats(settings)
     for name in ("transform_config", "sparsity_config"):
         value = settings.get(name)
-        if isinstance(value, dict) and value.get("format") != "dense" and value:
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
             raise ValueError(f"quantization_config: {name} changes the weights; it can't be read")
+    groups = _groups(settings)
+    _check_formats(settings.get("format"), groups)
+    block = _block(groups)
     for module, num_rows, width in modules.with_tensor("weight_packed"):
         _read_packed(modules, module, num_rows, width)
     for module, num_rows, width in modules.with_tensor("weight_scale"):
         weight = modules.find(module, "weight")
         if weight is not None and weight.dtype == "int8":
-            _read_int8(modules, module, num_rows, width)
+            read_signed(
+                modules, module, weight="weight", scale="weight_scale", zero="weight_zero_point"
+            )
         else:
-            add_scaled(modules, module, "weight_scale", (num_rows, width))
+            add_scaled(modules, module, "weight_scale", (num_rows, width), block)
     modules.drop(*_UNUSED)
 
 
-def _check_formats(settings: Mapping[str, Any]) -> None:
-    groups = settings.get("config_groups") or {}
+def _groups(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    groups = settings.get("config_groups")
+    groups = {} if groups is None else groups
     if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-        raise ValueError("quantization_config: config_groups is not an object of objects")
-    formats = {group.get("format") for group in groups.values()} - {None}
-    stated = settings.get("format")
-    if stated != "mixed-precision" or not formats:
-        formats.add(stated)
-    if wrong := [one for one in formats if one not in _FORMATS]:
         raise ValueError(
-            f"quantization_config: format is {shown(wrong[0])}; only {', '.join(_FORMATS)} can be "
-            "read; use the unquantized checkpoint and llamac quantize"
+            f"quantization_config: config_groups is {shown(groups)}; it must be an object of "
+            "objects"
         )
+    return list(groups.values())
+
+
+def _check_formats(stated: object, groups: list[dict[str, Any]]) -> None:
+    formats = [form for group in groups if (form := group.get("format")) is not None]
+    if stated != "mixed-precision" or not formats:
+        formats.append(stated)
+    for form in formats:
+        if form not in _FORMATS:
+            raise ValueError(
+                f"quantization_config: format is {shown(form)}; only {', '.join(_FORMATS)} can be "
+                "read; use the unquantized checkpoint and llamac quantize"
+            )
+
+
+def _block(groups: list[dict[str, Any]]) -> object:
+    """The rows and columns that share a scale, where all groups of modules agree on them."""
+    weights = [group.get("weights") for group in groups]
+    blocks = [
+        w["block_structure"] for w in weights if isinstance(w, dict) and w.get("block_structure")
+    ]
+    return blocks[0] if blocks and all(block == blocks[0] for block in blocks) else None
 
 
 def _read_packed(modules: Modules, module: str, num_rows: int, width: int) -> None:
@@ -87,7 +106,7 @@ def _read_packed(modules: Modules, module: str, num_rows: int, width: int) -> No
     packed = modules.take(
         module, "weight_packed", shape=(num_rows, width * bits // 32), dtypes=("int32",)
     )
-    scale = modules.take(module, "weight_scale", shape=(num_rows, num_groups), dtypes=_SCALES)
+    scale = modules.take(module, "weight_scale", shape=(num_rows, num_groups), dtypes=SCALE_DTYPES)
     raw = _as_bytes(packed)
     order = None
     if modules.find(module, "weight_g_idx") is not None:
@@ -136,49 +155,6 @@ def _read_zeros(modules: Modules, module: str, scale: Piece, *, bits: int, num_r
         shape=(num_rows, num_groups),
         dtype="float32",
     )
-
-
-def _read_int8(modules: Modules, module: str, num_rows: int, width: int) -> None:
-    if modules.find(module, "weight_zero_point") is not None:
-        raise ValueError(f"{module}: int-quantized weights with zero points can't be read")
-    scale = modules.find(module, "weight_scale")
-    assert scale is not None
-    num_groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    if num_groups == 0 or width % num_groups:
-        raise ValueError(f"{scale.file.path}: {scale.key} is {list(scale.shape)}; it doesn't fit")
-    weight = modules.take(module, "weight", shape=(num_rows, width), dtypes=("int8",))
-    add_signed(modules, module, weight)
-    if scale.shape == (1,):
-        scale = modules.take(module, "weight_scale", shape=(1,), dtypes=_SCALES)
-        modules.compute(
-            module,
-            "weight_scale",
-            [scale],
-            lambda one: one.reshape(1, 1).expand(num_rows, 1).contiguous(),
-            shape=(num_rows, 1),
-            dtype=scale.dtype,
-        )
-    else:
-        scale = modules.take(module, "weight_scale", shape=(num_rows, num_groups), dtypes=_SCALES)
-        modules.keep(module, "weight_scale", scale)
-    form = PackedFormat(bits=8, group_size=width // num_groups, scale_dtype=scale.dtype)
-    modules.pack(module, form)
-
-
-def add_signed(modules: Modules, module: str, weight: Piece) -> None:
-    """Adds signed bytes as packed ones.
-
-    Args:
-        modules: Where they go.
-        module: Its name.
-        weight: [N, K] int8.
-    """
-    conversion = Conversion(apply=partial(_flip_sign), row_shape=weight.shape[1:], dtype="uint8")
-    modules.convert(module, "weight_packed", weight, conversion)
-
-
-def _flip_sign(values: Tensor) -> Tensor:
-    return values.view(torch.uint8) ^ 0x80
 
 
 def _same(stored: Tensor) -> Tensor:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ....runtime.typed_json import shown
 from .modules import Modules
+from .signed import SCALE_DTYPES
 
 __all__ = ["add_scaled", "read_fp8"]
-
-_SCALES = ("float32", "float16", "bfloat16")
 
 
 def read_fp8(modules: Modules) -> None:
     """Reads fp8 weights; they become the model's dtype. See read_quantized."""
+    block = modules.settings.get("weight_block_size")
     for part in ("weight_scale_inv", "weight_scale"):
         for module, num_rows, width in modules.with_tensor(part):
-            add_scaled(modules, module, part, (num_rows, width))
+            add_scaled(modules, module, part, (num_rows, width), block)
     modules.drop("activation_scale", "input_scale")
 
 
-def add_scaled(modules: Modules, module: str, part: str, size: tuple[int, int]) -> None:
+def add_scaled(
+    modules: Modules, module: str, part: str, size: tuple[int, int], block: object
+) -> None:
     """Adds a weight of eight-bit floats times scales, as float32.
 
     Args:
@@ -28,37 +30,43 @@ def add_scaled(modules: Modules, module: str, part: str, size: tuple[int, int]) 
         module: Its name.
         part: The scales' name; they multiply: one, one a row, or one for each block.
         size: N and K.
+        block: What the settings say of a block's rows and columns; None for no blocks.
 
     Raises:
         ValueError: The weight isn't e4m3, or the scales don't fit.
     """
-    block = modules.settings.get("weight_block_size")
-    weight = modules.take(module, "weight", shape=size, dtypes=("float8_e4m3fn",))
     scale = modules.find(module, part)
     assert scale is not None
     shape = (1, 1) if scale.shape == (1,) else scale.shape
-    step = (size[0] if shape[0] == 1 else 1, size[1])
-    if isinstance(block, list) and part == "weight_scale_inv":
-        if len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-            raise ValueError(f"quantization_config: weight_block_size is {block}; it must be two")
-        step = (block[0], block[1])
-    if shape != tuple(-(-n // by) for n, by in zip(size, step, strict=True)):
+    steps = [(size[0] if shape[0] == 1 else 1, size[1])]
+    if block is not None:
+        steps.append(_block_size(block))
+    fitting = [s for s in steps if shape == (-(-size[0] // s[0]), -(-size[1] // s[1]))]
+    if not fitting:
         raise ValueError(
             f"{scale.file.path}: tensor {scale.key} is {list(scale.shape)}, which doesn't fit a "
             f"weight of {list(size)}"
         )
-    scale = modules.take(module, part, shape=scale.shape, dtypes=_SCALES)
+    weight = modules.take(module, "weight", shape=size, dtypes=("float8_e4m3fn",))
+    scale = modules.take(module, part, shape=scale.shape, dtypes=SCALE_DTYPES)
 
     def multiply(weight: Tensor, scale: Tensor) -> Tensor:
         whole = scale.float().reshape(shape)
         for axis in (0, 1):
-            whole = whole.repeat_interleave(step[axis], axis).narrow(axis, 0, size[axis])
+            by = min(fitting[0][axis], size[axis])
+            whole = whole.repeat_interleave(by, axis).narrow(axis, 0, size[axis])
         return weight.float() * whole
 
-    modules.compute(
-        module, "weight", [weight, scale], multiply, shape=size, dtype=_name(torch.float32)
-    )
+    modules.compute(module, "weight", [weight, scale], multiply, shape=size, dtype="float32")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _block_size(block: object) -> tuple[int, int]:
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(n) is int and n > 0 for n in block)
+    ):
+        raise ValueError(
+            f"quantization_config: a block of weights is {shown(block)}; it must be two sizes"
+        )
+    return block[0], block[1]

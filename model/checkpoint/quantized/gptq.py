@@ -1,6 +1,7 @@
 """GPTQ folders, as AutoGPTQ and GPTQModel write them: words along the input, one matrix a group.
 
-Source: the layout of AutoGPTQ's QuantLinear; version 1 stores zero points less one.
+Source: the layout of AutoGPTQ's QuantLinear; version 1 stores zero points less one, by GPTQModel
+subtracted from whole words, so that a zero point of 0 borrows from its neighbour.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....runtime.typed_json import shown
 from ...packed import PackedFormat
 from .bits import pack_columns, unpack_columns, unpack_rows
 from .modules import Modules
+from .signed import SCALE_DTYPES
 
 __all__ = ["read_gptq"]
 
-_SCALES = ("float16", "bfloat16", "float32")
+_FIRST_VERSION_LESS = {4: 0x11111111, 8: 0x01010101}  # a word's
 
 
 def read_gptq(modules: Modules) -> None:
@@ -23,52 +26,56 @@ def read_gptq(modules: Modules) -> None:
     is_symmetric = modules.setting("sym", (True, False), True)
     version = modules.setting("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     group = modules.settings.get("group_size", 128)
-    if type(group) is not int or (group != -1 and group < 8):
-        raise ValueError(f"quantization_config: group_size is {group}; it must be a size or -1")
-    for module, num_rows, width in modules.with_tensor("qweight"):
+    if type(group) is not int or (group != -1 and group < 1):
+        raise ValueError(
+            f"quantization_config: group_size is {shown(group)}; it must be a size or -1"
+        )
+    less = _FIRST_VERSION_LESS[bits] if version == "gptq" else 0
+    for module, _, width in modules.with_tensor("qweight"):
         size = width if group == -1 else group
         if width % size:
-            raise ValueError(f"{module}: groups of {size} don't divide {width} columns")
-        _read(modules, module, (num_rows, width), bits, size, is_symmetric, version == "gptq")
+            raise ValueError(
+                f"{module}: groups of {shown(size)} columns don't divide {width} columns"
+            )
+        _read(modules, module, bits, size, is_symmetric, less)
+        modules.drop_zeros(module, "bias")  # AutoGPTQ gives every module one
 
 
 def _read(
-    modules: Modules,
-    module: str,
-    size: tuple[int, int],
-    bits: int,
-    group_size: int,
-    is_symmetric: bool,
-    is_version_1: bool,
+    modules: Modules, module: str, bits: int, group_size: int, is_symmetric: bool, less: int
 ) -> None:
-    num_rows, width = size
-    groups = (num_rows, width // group_size)
-    values = modules.take(
-        module, "qweight", shape=(width * bits // 32, num_rows), dtypes=("int32",)
-    )
-    zeros = modules.take(
-        module, "qzeros", shape=(groups[1], num_rows * bits // 32), dtypes=("int32",)
-    )
-    scales = modules.take(module, "scales", shape=groups[::-1], dtypes=_SCALES)
+    num_rows, width = modules.size(module)
+    num_groups = width // group_size
+    words = modules.num_words(module, width, bits)
+    values = modules.take(module, "qweight", shape=(words, num_rows), dtypes=("int32",))
+    words = modules.num_words(module, num_rows, bits)
+    zeros = modules.take(module, "qzeros", shape=(num_groups, words), dtypes=("int32",))
+    scales = modules.take(module, "scales", shape=(num_groups, num_rows), dtypes=SCALE_DTYPES)
     order = None
     if modules.find(module, "g_idx") is not None:
         group_of = modules.take(module, "g_idx", shape=(width,), dtypes=("int32", "int64"))
         order = modules.order_of(module, group_of, group_size)
         if order is not None:
             modules.add_order(module, group_of, order)
+    groups = (num_rows, num_groups)
 
     def points(stored: Tensor) -> Tensor:  # [N, K / g]
-        return unpack_columns(stored, bits).t() + int(is_version_1) & 2**bits - 1
+        return unpack_columns(stored + less, bits).t()
 
     def unpacked(stored: Tensor, stored_zeros: Tensor) -> Tensor:
         if is_symmetric and bool((points(stored_zeros) != 2 ** (bits - 1)).any()):
-            raise ValueError(f"{module}: sym is true, but a zero point isn't {2 ** (bits - 1)}")
+            raise ValueError(
+                f"{zeros.file.path}: tensor {zeros.key} has a zero point other than "
+                f"{2 ** (bits - 1)}, although sym is true"
+            )
         return pack_columns(unpack_rows(stored, bits), bits)
 
     def minimum(stored_zeros: Tensor, scales: Tensor) -> Tensor:
         return -points(stored_zeros).float() * scales.t().float()
 
-    modules.reorder(module, [values, zeros], unpacked, bits=bits, size=size, order=order)
+    modules.reorder(
+        module, [values, zeros], unpacked, bits=bits, size=(num_rows, width), order=order
+    )
     modules.compute(module, "weight_scale", [scales], _transposed, shape=groups, dtype=scales.dtype)
     if not is_symmetric:
         modules.compute(

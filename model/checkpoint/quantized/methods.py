@@ -49,6 +49,8 @@ def read_quantized(
         ValueError: The method or one of its settings isn't supported, or a tensor doesn't fit.
     """
     method = settings.get("quant_method")
+    if method is None and True in (settings.get("load_in_8bit"), settings.get("load_in_4bit")):
+        method = "bitsandbytes"  # which was the only one
     if not isinstance(method, str) or method not in _READERS:
         raise ValueError(
             f"quantization_config: quant_method is {shown(method)}; only {', '.join(_READERS)} can "

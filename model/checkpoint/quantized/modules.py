@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ....runtime.typed_json import shown
+from ...config import DTYPES
 from ...packed import PackedFormat
 from ..pieces import Computed, Conversion, Part, Piece
 from .bits import reorder_columns
@@ -51,6 +52,11 @@ class Modules:
                 found.append((module, shape[0], shape[1]))
         return found
 
+    def size(self, module: str) -> tuple[int, int]:
+        """Rows N and columns K of a module's weight."""
+        num_rows, width = self._shapes[f"{module}.weight"]
+        return num_rows, width
+
     def find(self, module: str, part: str) -> Piece | None:
         """Looks a module's tensor up; a lone number is a vector of one."""
         piece = self._left.get(f"{module}.{part}")
@@ -86,6 +92,15 @@ class Modules:
         del self._left[f"{module}.{part}"]
         return piece
 
+    def drop_zeros(self, module: str, part: str) -> None:
+        """Leaves out a tensor that the model hasn't, if it holds zeros alone."""
+        name = f"{module}.{part}"
+        piece = self.find(module, part)
+        if piece is None or name in self._shapes:
+            return
+        if piece.dtype in DTYPES and 0 not in piece.shape and not self.values(piece).any():
+            del self._left[name]
+
     def drop(self, *parts: str) -> None:
         """Leaves out tensors of these names, of every module: they change nothing here."""
         endings = tuple(f".{part}" for part in parts)
@@ -107,13 +122,21 @@ class Modules:
         Raises:
             ValueError: It has another value.
         """
-        value = self.settings.get(name, default)
+        value = self.settings.get(name)
+        value = default if value is None else value
         if not any(type(value) is type(one) and value == one for one in allowed):
             choices = ", ".join(map(str, allowed))
             raise ValueError(
                 f"quantization_config: {name} is {shown(value)}; only {choices} can be read"
             )
         return value
+
+    def num_words(self, module: str, count: int, bits: int) -> int:
+        """How many int32 hold `count` values, refusing what fills the last one in part."""
+        words, rest = divmod(count * bits, 32)
+        if rest:
+            raise ValueError(f"{module}: {count} weights of {bits} bits don't fill words of 32")
+        return words
 
     def keep(self, module: str, part: str, piece: Piece) -> None:
         """Keeps a tensor as it is stored, under one of PackedFormat's names."""
@@ -145,7 +168,19 @@ class Modules:
         )
 
     def pack(self, module: str, form: PackedFormat) -> None:
-        """Says how a module's weight is packed."""
+        """Says how a module's weight is packed.
+
+        Args:
+            module: Its name.
+            form: How.
+
+        Raises:
+            ValueError: The weight can't have groups of that size.
+        """
+        try:
+            form.tensors(*self.size(module))
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from None
         self._packed[module] = form
 
     def order_of(self, module: str, groups: Piece, group_size: int) -> Tensor | None:

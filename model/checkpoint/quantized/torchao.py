@@ -1,33 +1,36 @@
-"""torchao's int8 weights in safetensors."""
+"""torchao's int8 weights in safetensors.
+
+Source: torchao's flatten_tensor_state_dict, which names the tensors.
+"""
 
 from __future__ import annotations
 
-from ...packed import PackedFormat
-from .compressed_tensors import add_signed
+from ....runtime.typed_json import shown
 from .modules import Modules
+from .signed import read_signed
 
 __all__ = ["read_torchao"]
 
-_SCALES = ("float32", "float16", "bfloat16")
+_VALUES = "_weight_qdata"
 
 
 def read_torchao(modules: Modules) -> None:
-    """Reads int8 by rows; what else torchao writes is refused. See read_quantized."""
-    for prefix in ("weight_", "_weight_"):
-        for module, num_rows, width in modules.with_tensor(f"{prefix}qdata"):
-            scale = modules.find(module, f"{prefix}scale")
-            if scale is None or len(scale.shape) != 2 or not scale.shape[1]:
-                raise ValueError(f"{module}: has no {prefix}scale of rows and groups")
-            groups = (num_rows, scale.shape[1])
-            weight = modules.take(
-                module, f"{prefix}qdata", shape=(num_rows, width), dtypes=("int8",)
+    """Reads int8 by rows or groups; what else torchao writes is refused. See read_quantized."""
+    for module, num_rows, width in modules.with_tensor(_VALUES):
+        values = modules.find(module, _VALUES)
+        if values is None or values.dtype != "int8" or values.shape != (num_rows, width):
+            raise ValueError(
+                f"quantization_config: quant_type is {_kind(modules)}; of torchao's weights only "
+                "int8 can be read; use the unquantized checkpoint and llamac quantize"
             )
-            scale = modules.take(module, f"{prefix}scale", shape=groups, dtypes=_SCALES)
-            zeros = modules.find(module, f"{prefix}zero_point")
-            if zeros is not None and bool(modules.values(zeros).any()):
-                raise ValueError(f"{module}: torchao weights with zero points can't be read")
-            add_signed(modules, module, weight)
-            modules.keep(module, "weight_scale", scale)
-            form = PackedFormat(bits=8, group_size=width // groups[1], scale_dtype=scale.dtype)
-            modules.pack(module, form)
-        modules.drop(f"{prefix}zero_point")
+        read_signed(
+            modules, module, weight=_VALUES, scale="_weight_scale", zero="_weight_zero_point"
+        )
+
+
+def _kind(modules: Modules) -> str:
+    """The name of torchao's class, where it stands in its place."""
+    found = modules.settings.get("quant_type")
+    for key in ("default", "_type"):
+        found = found.get(key) if isinstance(found, dict) else found
+    return shown(found)
