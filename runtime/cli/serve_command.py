@@ -141,10 +141,17 @@ def _config(args: argparse.Namespace, source: str | None, options: LoadOptions) 
             max_queued_tokens=args.max_queued_tokens,
             request_timeout_s=args.request_timeout,
         ),
-        name=args.name,
+        name=args.name or _name_of(source),
         template_file=args.chat_template,
         api_keys=read_keys(args.api_key_file) if args.api_key_file else (),
         cors_origins=args.cors_origin,
         max_body_bytes=args.max_body_bytes,
         shutdown_timeout_s=args.shutdown_timeout,
     )
+
+
+def _name_of(source: str | None) -> str | None:
+    """What clients call a source that is a file or a name; a folder's name is its own."""
+    if source is None or Path(source).is_dir():
+        return None
+    return Path(source).stem if Path(source).is_file() else source

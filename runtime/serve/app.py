@@ -32,18 +32,10 @@ from .metrics import Metrics
 from .middleware import Gate, body_of
 from .openai_request import read_chat, read_completions
 from .openai_response import ChatForm, CompletionForm
+from .page import page_response
 from .served_model import ServedModel
 
 __all__ = ["ServeConfig", "create_app"]
-
-_PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +105,7 @@ def create_app(config: ServeConfig) -> Starlette:
             get("/tokenizer_info", server.tokenizer_info),
             get("/health", server.health),
             get("/metrics", server.metrics),
+            get("/", server.page),
         ],
         middleware=middleware,
         exception_handlers={ApiError: _refuse, HTTPException: _refuse_plain},
@@ -134,6 +127,7 @@ class Server:
         self.model: ServedModel | None = None
         self._config = config
         self._metrics = Metrics()
+        self._page = page_response()
         engines = [EngineClient(setup) for setup in config.setups]
         self.pool = Pool(engines, config.limits, self._metrics)
         self._metrics.watch(
@@ -246,6 +240,10 @@ class Server:
         """GET /health: 200 where a request could be taken in."""
         status = self.pool.status if self.model is not None else "loading"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+    async def page(self, request: Request) -> Response:
+        """GET /: the chat page."""
+        return self._page
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
