@@ -117,7 +117,7 @@ def test_torchao_int8(tmp_path: Path, kind: str):
 def test_what_else_torchao_writes_is_refused_by_name(tmp_path: Path):
     torchao = pytest.importorskip("torchao.quantization")
     write_torchao(tmp_path / "quantized", torchao.Float8WeightOnlyConfig())
-    with pytest.raises(ValueError, match="quant_type is 'Float8WeightOnlyConfig'; of torchao's"):
+    with pytest.raises(ValueError, match="quant_type is 'Float8WeightOnlyConfig'; of torchao"):
         open_checkpoint(tmp_path / "quantized")
 
 

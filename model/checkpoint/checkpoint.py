@@ -20,7 +20,7 @@ from .gguf_format import find_gguf, open_gguf_file
 from .hf_format import has_hf_weights, open_hf_folder
 from .lit_format import open_lit_file
 from .meta_format import is_meta_folder, open_meta_folder
-from .stored import Checkpoint, StoredTensor, copy_finite
+from .stored import Checkpoint, StoredTensor, copy_finite, is_finite
 
 __all__ = [
     "Checkpoint",
@@ -142,6 +142,11 @@ def load_model(
         weight = checkpoint.map(name, kind) if torch.device(device).type == "cpu" else None
         if weight is None:
             weight = torch.empty(parameter.shape, dtype=kind, device=device)
+        elif is_packed_part(name) and weight.is_floating_point() and not is_finite(weight):
+            raise ValueError(
+                f"{checkpoint.folder}: {name} holds what is not a number: its weights are damaged; "
+                "copy them again"
+            )
         else:
             mapped.add(name)
         module, _, key = name.rpartition(".")

@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "StoredTensor",
     "copy_finite",
+    "is_finite",
     "side_folder",
     "weight_shapes",
 ]
@@ -172,7 +173,7 @@ def copy_finite(name: str, part: Tensor, target: Tensor) -> None:
         ValueError: A value is not a number, infinite, or past the range of the target's dtype.
     """
     target.copy_(part)
-    if all(math.isfinite(bound.item()) for bound in target.aminmax()):
+    if is_finite(target):
         return
     largest = part.float().abs().max().item()
     if math.isfinite(largest):
@@ -196,3 +197,8 @@ def side_folder(folder: Path) -> Path:
         if any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
             return place
     return folder
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither infinities nor what isn't a number."""
+    return all(math.isfinite(bound.item()) for bound in tensor.aminmax())

@@ -20,8 +20,8 @@ def read_torchao(modules: Modules) -> None:
         values = modules.find(module, _VALUES)
         if values is None or values.dtype != "int8" or values.shape != (num_rows, width):
             raise ValueError(
-                f"quantization_config: quant_type is {_kind(modules)}; of torchao's weights only "
-                "int8 can be read; use the unquantized checkpoint and llamac quantize"
+                f"{module}: quantization_config: quant_type is {_kind(modules)}; of torchao's "
+                "weights only int8 can be read; use the unquantized checkpoint and llamac quantize"
             )
         read_signed(
             modules, module, weight=_VALUES, scale="_weight_scale", zero="_weight_zero_point"
