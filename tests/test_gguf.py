@@ -26,6 +26,7 @@ from llamac.model.checkpoint.gguf_blocks import BLOCK_FORMATS
 from llamac.model.checkpoint.gguf_file import _TYPES, BLOCKS, read_gguf
 from llamac.model.checkpoint.stored import weight_shapes
 from llamac.model.config import LlamaConfig, RopeScaling
+from llamac.model.load import DEMO_FOLDER
 from llamac.model.tables import rope_tables
 
 QUANTIZED = sorted(BLOCK_FORMATS)
@@ -488,6 +489,14 @@ def test_a_folder_has_one_file(tmp_path: Path):
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
     with pytest.raises(ValueError, match="holds a.gguf, b.gguf; name the file to open"):
         open_checkpoint(tmp_path)
+
+
+def test_a_hugging_face_folder_with_a_gguf_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    shutil.copytree(DEMO_FOLDER, tmp_path, dirs_exist_ok=True)
+    write_gguf(tmp_path / "a.gguf", CONFIG, random_weights(CONFIG))
+    with caplog.at_level(logging.WARNING):
+        assert open_checkpoint(tmp_path).folder == tmp_path
+    assert "its .gguf is not read" in caplog.text
 
 
 @pytest.mark.slow

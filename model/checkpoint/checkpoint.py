@@ -194,6 +194,8 @@ def _open_folder(folder: Path) -> Checkpoint:
             raise ValueError(f"{folder}: holds {names}; name the file to open")
         if (file := find_gguf(folder)) is not None:
             return open_gguf_file(file)
+    elif any(folder.glob("*.gguf")):
+        logger.warning("%s: its .gguf is not read, but the weights beside it", folder)
     if (folder / "config.json").exists():
         return open_hf_folder(folder)
     raise FileNotFoundError(
