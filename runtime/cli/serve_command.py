@@ -151,7 +151,9 @@ def _config(args: argparse.Namespace, source: str | None, options: LoadOptions) 
 
 
 def _name_of(source: str | None) -> str | None:
-    """What clients call a source that is a file or a name; a folder's name is its own."""
-    if source is None or Path(source).is_dir():
+    """What clients call a source: the name of its file or folder, or the one that it has."""
+    if source is None:
         return None
+    if Path(source).is_dir():
+        return Path(source).resolve().name
     return Path(source).stem if Path(source).is_file() else source
