@@ -25,8 +25,8 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -41,9 +41,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..model.cache import KVCache, layer_buffers
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
+from ..model.packed import PackedFormat
 from ..runtime.backend import StepInputs
-from ..runtime.bundle.manifest import WeightFile
+from ..runtime.bundle.manifest import WEIGHT_BYTES, WeightFile
 from .operators import ExportAttention, GroupQueryAttention, StandardAttention
+from .products import set_products
+from .weights import SIGNED
 
 __all__ = [
     "OPSET",
@@ -65,7 +68,8 @@ TARGETS: dict[str, type[ExportAttention]] = {
 }
 
 
-_ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+_DTYPES |= {"UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT4": "int8"}
 _MAX_CONSTANT_SIZE = 1 << 20  # elements: arange(S) is the longest
 
 
@@ -81,6 +85,9 @@ class GraphSpec:
         rows: S.
         logits: N.
         num_positions: Rows of the RoPE tables.
+        packed: Module name to how its weight is packed.
+        embedding_dtype: Of a plain embedding; None is dtype.
+        accuracy_level: Of MatMulNBits.
     """
 
     target: str
@@ -90,6 +97,9 @@ class GraphSpec:
     rows: int
     logits: int = 1
     num_positions: int
+    packed: Mapping[str, PackedFormat] = field(default_factory=dict)
+    embedding_dtype: str | None = None
+    accuracy_level: int = 4
 
 
 def _attention_type(config: LlamaConfig, spec: GraphSpec) -> type[ExportAttention]:
@@ -159,33 +169,50 @@ def trace_graph(config: LlamaConfig, spec: GraphSpec) -> ir.Model:
     return model
 
 
-def save_graph(model: ir.Model, path: Path, weights: Sequence[WeightFile]) -> None:
+def save_graph(
+    model: ir.Model, path: Path, weights: Sequence[WeightFile], config: LlamaConfig
+) -> tuple[str, ...]:
     """Writes a graph whose weights are places in files beside it.
 
     Args:
         model: What trace_graph returned.
         path: The file written.
-        weights: Files in the graph's dtype, and the RoPE tables'.
+        weights: The files that hold the weights, each in the dtype that the graph has for it.
+        config: Says whether the head is the embedding.
+
+    Returns:
+        The files that the graph reads.
 
     Raises:
         ValueError: The result isn't valid ONNX.
     """
-    places = {name: (file, stored) for file in weights for name, stored in file.tensors.items()}
+    places = {
+        (name, stored.dtype): (file.file, stored)
+        for file in weights
+        for name, stored in file.tensors.items()
+    }
+    used: list[str] = []
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
-        file, stored = places[name]
-        assert value.shape == stored.shape
-        dtype = ir.DataType[_ONNX_DTYPES[file.dtype]]
+        assert value.dtype is not None
+        assert value.shape is not None
+        source = name
+        if config.tie_word_embeddings and name.startswith("lm_head.weight_"):
+            source = name.replace("lm_head", "model.embed_tokens", 1)
+        file, stored = places[source, _DTYPES[value.dtype.name]]
+        num_bytes = math.prod(stored.shape) * WEIGHT_BYTES[stored.dtype]
+        shape = ir.Shape(value.shape)
+        if name.endswith(SIGNED) and math.prod(shape.numpy()) == 2 * num_bytes:
+            value.type = ir.TensorType(ir.DataType.INT4)  # torch has no such type to trace
+        dtype = value.dtype
+        assert math.ceil(math.prod(shape.numpy()) * dtype.itemsize) == num_bytes
         value.const_value = ir.ExternalTensor(
-            file.file,
-            stored.offset,
-            int(math.prod(stored.shape) * dtype.itemsize),
-            dtype,
-            shape=ir.Shape(stored.shape),
-            name=name,
+            file, stored.offset, num_bytes, dtype, shape=shape, name=name
         )
+        used.append(file)
     ir.save(model, path)
+    return tuple(dict.fromkeys(used))
 
 
 class _Step(nn.Module):
@@ -196,9 +223,16 @@ class _Step(nn.Module):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # fake parameters can't be converted
         try:
-            self.llama = Llama(config, num_positions=spec.num_positions)
+            self.llama = Llama(config, num_positions=spec.num_positions, packed=spec.packed)
         finally:
             torch.set_default_dtype(before)
+        if spec.packed:
+            set_products(self.llama, spec.target, dtype, accuracy_level=spec.accuracy_level)
+        if spec.embedding_dtype is not None:
+            table = torch.empty(
+                config.vocab_size, config.hidden_size, dtype=getattr(torch, spec.embedding_dtype)
+            )
+            self.llama.model.embed_tokens = nn.Embedding.from_pretrained(table)
         self.requires_grad_(False)
         self.attention = _attention_type(config, spec)
 

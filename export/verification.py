@@ -93,7 +93,7 @@ class RunResult:
     Attributes:
         provider: Who ran.
         target: Whose graphs.
-        dtype: Of the graphs.
+        dtype: Of the graphs' activations; "int8" where products with packed weights round them.
         tolerance: Of an error, as a share of the largest logit, and of the perplexity's change.
         groups: In the order they ran.
     """

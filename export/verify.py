@@ -12,10 +12,9 @@ import numpy as np
 import onnxruntime
 
 from ..model.checkpoint import Checkpoint, open_checkpoint
-from ..model.checkpoint.build import build_checkpoint
+from ..model.checkpoint.hf_format import checkpoint_of
 from ..model.checkpoint.pieces import Piece
 from ..model.checkpoint.tensor_files import open_safetensors
-from ..model.config import LlamaConfig
 from ..model.load import load_backend, static_shape
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.bundle.manifest import Manifest, ModelSizes
@@ -39,6 +38,7 @@ _TEXT = (
 _MAX_TEXT_TOKENS = 256
 _NUM_DRAWN = 64  # ids where there is no tokenizer
 _SEED = 1
+_INT8_LEVEL = 4  # of MatMulNBits
 
 
 def verify_bundle(
@@ -155,16 +155,15 @@ def bundle_checkpoint(manifest: Manifest) -> Checkpoint:
     Returns:
         The checkpoint.
     """
-    files = [f for f in manifest.weights if not any(n.startswith("rope.") for n in f.tensors)]
-    dtypes = {file.dtype for file in files}
-    dtype = "float32" if "float32" in dtypes else files[0].dtype
-    pieces: list[Piece] = []
-    for file in files:
-        if file.dtype == dtype:
-            opened = open_safetensors(manifest.folder / file.file)
-            pieces += [Piece(name=name, file=opened, key=name) for name in file.tensors]
-    config = LlamaConfig.from_json(manifest.folder / "config.json")
-    return build_checkpoint(config, manifest.folder, pieces)
+    pieces: dict[str, Piece] = {}
+    for file in manifest.weights:
+        opened = open_safetensors(manifest.folder / file.file)
+        for name in file.tensors:
+            if name.startswith("rope.") or name.endswith((".weight_signed", ".weight_unpacked")):
+                continue
+            if name not in pieces or file.tensors[name].dtype == "float32":
+                pieces[name] = Piece(name=name, file=opened, key=name)
+    return checkpoint_of(manifest.folder, pieces)
 
 
 def _check_sizes(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -228,7 +227,8 @@ def _compare(
     results: list[RunResult] = []
     for provider, target in runs:
         backend = OrtBackend(manifest, provider=provider, target=target, progress=progress)
-        dtype = manifest.find_graph("decode", target).dtype
+        graph = manifest.find_graph("decode", target)
+        dtype = "int8" if graph.accuracy_level == _INT8_LEVEL else graph.dtype
         compared: list[GroupResult] = []
         for group in groups:
             progress(f"{provider} on {target} graphs: {group.name}")

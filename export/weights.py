@@ -6,22 +6,36 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..model.checkpoint import Checkpoint
+from ..model.checkpoint.dequantized import read_dequantized
 from ..model.checkpoint.safetensors_header import safetensors_header
 from ..model.checkpoint.stored import copy_finite
 from ..model.config import LlamaConfig
 from ..model.tables import rope_tables
-from ..runtime.bundle.manifest import ITEM_BYTES, StoredWeight, WeightFile
+from ..runtime.bundle.manifest import WEIGHT_BYTES, StoredWeight, WeightFile
 from ..runtime.memory import format_bytes
 
-__all__ = ["WeightPlan", "plan_weights", "write_rope_tables", "write_weights"]
+__all__ = [
+    "SIGNED",
+    "UNPACKED",
+    "WeightPlan",
+    "plan_conversion",
+    "plan_links",
+    "plan_weights",
+    "write_rope_tables",
+    "write_weights",
+]
+
+# What TensorRT wants instead of weight_packed: signed values, and a table that is plain.
+SIGNED, UNPACKED = "weight_signed", "weight_unpacked"
 
 # Another filesystem, a filesystem without hard links, or too many of them.
 _NO_LINK_ERRORS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -55,15 +69,15 @@ def plan_weights(checkpoint: Checkpoint, dtypes: Sequence[str]) -> list[WeightPl
     Returns:
         The files, under names that no other file of a bundle has.
     """
-    links = [plan for dtype in dtypes for plan in _plan_links(checkpoint, dtype)]
-    linked = {plan.content.dtype for plan in links}
-    conversions: list[WeightPlan] = []
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    wanted = {dtype: {n: (shape, dtype) for n, shape in shapes.items()} for dtype in dtypes}
+    linked = {dtype: plan_links(checkpoint, wanted[dtype]) for dtype in dtypes}
+    plans = [plan for found in linked.values() for plan in found]
     for dtype in dtypes:
-        if dtype not in linked:
-            first = not links and not conversions
-            name = "model.safetensors" if first else f"model-{dtype}.safetensors"
-            conversions.append(_plan_conversion(checkpoint, dtype, name))
-    return links + conversions
+        if not linked[dtype]:
+            name = f"model-{dtype}.safetensors" if plans else "model.safetensors"
+            plans.append(plan_conversion(name, wanted[dtype]))
+    return plans
 
 
 def write_weights(
@@ -86,7 +100,8 @@ def write_weights(
     path = folder / plan.content.file
     if plan.source is None:
         _check_space(path, plan.bytes)
-        progress(f"converting weights to {plan.content.dtype}")
+        dtypes = dict.fromkeys(stored.dtype for stored in plan.content.tensors.values())
+        progress(f"converting weights to {', '.join(dtypes)}")
         _convert_weights(checkpoint, plan.content, path, plan.bytes)
         return
     try:
@@ -114,7 +129,8 @@ def write_rope_tables(config: LlamaConfig, num_positions: int, path: Path) -> We
         ValueError: The disk is too small.
     """
     tables = dict(zip(("rope.cos", "rope.sin"), rope_tables(config, num_positions), strict=True))
-    header, content = _lay_out(path.name, "float32", {n: tuple(t.shape) for n, t in tables.items()})
+    wanted = {name: (tuple(table.shape), "float32") for name, table in tables.items()}
+    header, content = _lay_out(path.name, wanted)
     _check_space(path, len(header) + sum(table.nbytes for table in tables.values()))
     with path.open("wb") as stream:
         stream.write(header)
@@ -123,15 +139,26 @@ def write_rope_tables(config: LlamaConfig, num_positions: int, path: Path) -> We
     return content
 
 
-def _plan_links(checkpoint: Checkpoint, dtype: str) -> list[WeightPlan]:
-    """The checkpoint's files, or nothing if one weight isn't usable where it is."""
+def plan_links(
+    checkpoint: Checkpoint, wanted: Mapping[str, tuple[tuple[int, ...], str]]
+) -> list[WeightPlan]:
+    """Finds the checkpoint's files that hold weights as they are wanted.
+
+    Args:
+        checkpoint: Where the weights are.
+        wanted: Name to shape and dtype.
+
+    Returns:
+        The files, or nothing if one weight isn't usable where it is.
+    """
     tensors: dict[Path, dict[str, StoredWeight]] = {}
-    for name, stored in checkpoint.tensors.items():
+    for name, (shape, dtype) in wanted.items():
+        stored = checkpoint.tensors[name]
         if stored.file is None or stored.offset is None or stored.dtype != dtype:
             return []
-        if stored.offset % ITEM_BYTES[dtype]:
+        if stored.offset % WEIGHT_BYTES[dtype]:
             return []
-        place = StoredWeight(shape=stored.shape, offset=stored.offset)
+        place = StoredWeight(shape=shape, offset=stored.offset, dtype=dtype)
         tensors.setdefault(stored.file, {})[name] = place
     paths = sorted(tensors)
     # Never the checkpoint's own names: writing another file of that name would write through the
@@ -141,7 +168,7 @@ def _plan_links(checkpoint: Checkpoint, dtype: str) -> list[WeightPlan]:
         names = ["model.safetensors"]
     return [
         WeightPlan(
-            content=WeightFile(file=name, dtype=dtype, tensors=tensors[path]),
+            content=WeightFile(file=name, tensors=tensors[path]),
             source=path.resolve(),  # the Hugging Face cache holds symlinks
             bytes=path.stat().st_size,
         )
@@ -149,22 +176,31 @@ def _plan_links(checkpoint: Checkpoint, dtype: str) -> list[WeightPlan]:
     ]
 
 
-def _plan_conversion(checkpoint: Checkpoint, dtype: str, name: str) -> WeightPlan:
-    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    header, content = _lay_out(name, dtype, shapes)
-    num_bytes = len(header) + sum(map(math.prod, shapes.values())) * ITEM_BYTES[dtype]
-    return WeightPlan(content=content, source=None, bytes=num_bytes)
+def plan_conversion(file: str, wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> WeightPlan:
+    """Lays out a file of weights that are written anew.
+
+    Args:
+        file: Its name.
+        wanted: Name to shape and dtype; of a packed weight also SIGNED and UNPACKED.
+
+    Returns:
+        The file.
+    """
+    header, content = _lay_out(file, wanted)
+    num_bytes = sum(math.prod(shape) * WEIGHT_BYTES[dtype] for shape, dtype in wanted.values())
+    return WeightPlan(content=content, source=None, bytes=len(header) + num_bytes)
 
 
 def _lay_out(
-    file: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]
+    file: str, wanted: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> tuple[bytes, WeightFile]:
     """A safetensors header, and where it puts the tensors."""
-    header, begins = safetensors_header({name: (shape, dtype) for name, shape in shapes.items()})
+    header, begins = safetensors_header(wanted)
     tensors = {
-        name: StoredWeight(shape=shape, offset=begins[name]) for name, shape in shapes.items()
+        name: StoredWeight(shape=shape, offset=begins[name], dtype=dtype)
+        for name, (shape, dtype) in wanted.items()
     }
-    return header, WeightFile(file=file, dtype=dtype, tensors=tensors)
+    return header, WeightFile(file=file, tensors=tensors)
 
 
 def _convert_weights(
@@ -172,16 +208,16 @@ def _convert_weights(
 ) -> None:
     """Part by part: what is in memory never grows with the checkpoint."""
     header, _ = _lay_out(
-        content.file, content.dtype, {n: stored.shape for n, stored in content.tensors.items()}
+        content.file, {n: (stored.shape, stored.dtype) for n, stored in content.tensors.items()}
     )
     with path.open("wb") as stream:
         stream.write(header)
         stream.flush()
         # A hole that the disk has no room for would be a signal when it is written to.
         os.posix_fallocate(stream.fileno(), 0, num_bytes)
-    dtype: torch.dtype = getattr(torch, content.dtype)
-    for name, place, part in checkpoint.read():
+    for name, place, part in _read(checkpoint, content.tensors):
         stored = content.tensors[name]
+        dtype: torch.dtype = getattr(torch, stored.dtype)
         # Mapped for this part only, so that written pages don't count as this process's.
         raw = np.memmap(
             path,
@@ -196,6 +232,23 @@ def _convert_weights(
             torch.from_numpy(raw).view(dtype).view(stored.shape)[place],
         )
         del raw
+
+
+def _read(
+    checkpoint: Checkpoint, names: Iterable[str]
+) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    """Weights as stored, then those that TensorRT wants in another form."""
+    yield from checkpoint.read([name for name in names if name in checkpoint.tensors])
+    for name in names:
+        module, _, form = name.rpartition(".")
+        if form == SIGNED:
+            # Every value less 2^(bits-1): the highest bit of each turns.
+            turned = 0x88 if checkpoint.packed[module].bits == 4 else 0x80
+            for _, place, part in checkpoint.read([f"{module}.weight_packed"]):
+                yield name, place, (part ^ turned).view(torch.int8)
+        elif form == UNPACKED:
+            for rows, part in read_dequantized(checkpoint, f"{module}.weight"):
+                yield name, (rows,), part
 
 
 def _check_space(path: Path, num_bytes: int) -> None:

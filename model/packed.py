@@ -149,14 +149,7 @@ class PackedEmbedding(_Packed):
         num_embeddings: V.
         embedding_dim: E.
         packed: How the table is stored.
-
-    Attributes:
-        gather: What an export emits instead of computing; None computes.
     """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, packed: PackedFormat) -> None:
-        super().__init__(num_embeddings, embedding_dim, packed)
-        self.gather: Callable[[Tensor, PackedEmbedding], Tensor] | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Looks rows up.
@@ -167,14 +160,19 @@ class PackedEmbedding(_Packed):
         Returns:
             [..., E] float32.
         """
-        if self.gather is not None:
-            return self.gather(ids, self)
-        tables = (self.weight_packed, self.weight_scale, self.weight_minimum)
-        packed, scale, minimum = (None if t is None else t[ids.flatten()] for t in tables)
-        assert packed is not None
-        assert scale is not None
-        rows = dequantize(packed, scale, minimum, torch.float32, width=self.width)
-        return rows.unflatten(0, ids.shape)
+        shape = ids.shape
+        form, ids = self.packed, ids.flatten()
+        u = F.embedding(ids, self.weight_packed).float()
+        if form.bits == 4:  # in float32, in which every ONNX provider has the operators
+            high = (u / 16).floor()
+            u = torch.stack((u - 16 * high, high), dim=-1).flatten(1)
+        groups = u.unflatten(1, (-1, form.group_size))  # [n, E / g, g]
+        scale = F.embedding(ids, self.weight_scale).float()[..., None]
+        if self.weight_minimum is None:
+            rows = (groups - 2 ** (form.bits - 1)) * scale
+        else:
+            rows = groups * scale + F.embedding(ids, self.weight_minimum).float()[..., None]
+        return rows.view(*shape, self.width)
 
 
 def project(x: Tensor, *layers: Linear | PackedLinear) -> Sequence[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..model.config import DTYPES
 from ..model.load import static_shape
-from ..runtime.bundle.manifest import open_bundle
+from ..runtime.bundle.opening import open_bundle
 from ..runtime.cache_folder import cache_folder
 from ..runtime.cli.options import OneLineParser
 from .artifacts import find_model

@@ -206,7 +206,7 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
         raise BackendUnavailableError(
             f"onnxruntime is not installed; pip install 'llamac[{extra}]'"
         ) from None
-    from ..runtime.bundle.manifest import open_bundle
+    from ..runtime.bundle.opening import open_bundle
     from ..runtime.ort.ort_backend import OrtBackend, check_choice
 
     import_s = time.perf_counter() - begin

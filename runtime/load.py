@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from .backend import StaticShape
-from .bundle.manifest import MANIFEST_NAME, Manifest, open_bundle
+from .bundle.manifest import MANIFEST_NAME, Manifest
+from .bundle.opening import open_bundle
 from .language_model import LanguageModel, RequestOptions
 from .sampling import SamplingParams
 from .text.chat_template import ChatTemplate

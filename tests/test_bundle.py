@@ -22,14 +22,8 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import DEMO_FOLDER
-from llamac.runtime.bundle.manifest import (
-    FileRecord,
-    GraphFile,
-    Manifest,
-    StoredWeight,
-    hash_file,
-    open_bundle,
-)
+from llamac.runtime.bundle.manifest import FileRecord, GraphFile, Manifest, StoredWeight
+from llamac.runtime.bundle.opening import hash_file, open_bundle
 from llamac.runtime.cache_folder import cache_folder
 
 CONFIG = LlamaConfig(
@@ -246,7 +240,7 @@ def test_an_edited_manifest_is_refused(bundle: Path, old: str, new: str):
         ("[]", "not a bundle's manifest"),
         ("{}", "not a bundle's manifest"),
         ('{"format": 1}', "was changed"),
-        ('{"format": 2, "digest": ""}', "format is 2; this llamac reads 1; export again"),
+        ('{"format": 3, "digest": ""}', "format is 3; this llamac reads 1 and 2; export again"),
         ('{"format": true}', "format is True; this llamac reads 1"),
         ('{"format": "1"}', "format is '1'; this llamac reads 1"),
     ],
@@ -367,9 +361,12 @@ FORGERIES: dict[str, tuple[Callable[[Manifest], dict], str]] = {
     ),
     "an undescribed graph": (
         lambda m: {"graphs": first_graph(m, file="../../model.onnx")},
-        "names ../../model.onnx, float32, which it does not describe",
+        "names ../../model.onnx, which it does not describe",
     ),
-    "an unknown dtype": (lambda m: {"graphs": first_graph(m, dtype="int8")}, "int8, which"),
+    "an unknown dtype": (
+        lambda m: {"graphs": first_graph(m, dtype="int8")},
+        "is int8; export again",
+    ),
     "another batch": (
         lambda m: {"graphs": first_graph(m, batch=5)},
         "the graphs of cpu do not match the shape",
@@ -381,7 +378,9 @@ FORGERIES: dict[str, tuple[Callable[[Manifest], dict], str]] = {
             "weights": (
                 replace(
                     m.weights[0],
-                    tensors={"lm_head.weight": StoredWeight(shape=(9, 9), offset=9**9)},
+                    tensors={
+                        "lm_head.weight": StoredWeight(shape=(9, 9), offset=9**9, dtype="float32")
+                    },
                 ),
             )
         },
@@ -417,7 +416,7 @@ def test_a_forged_manifest_is_refused(bundle: Path, name: str):
 def test_a_forged_manifest_of_other_types_is_refused(
     bundle: Path, keys: tuple[str, ...], value: object, message: str
 ):
-    from llamac.runtime.bundle.manifest import _digest
+    from llamac.runtime.bundle.manifest import content_digest
 
     data = json.loads((bundle / "bundle.json").read_text())
     del data["digest"]
@@ -426,7 +425,7 @@ def test_a_forged_manifest_of_other_types_is_refused(
     for key in path:
         inner = inner[key]
     inner[last] = value
-    (bundle / "bundle.json").write_text(json.dumps({**data, "digest": _digest(data)}))
+    (bundle / "bundle.json").write_text(json.dumps({**data, "digest": content_digest(data)}))
     assert_refused(bundle, "bundle.json", message)
 
 
@@ -580,7 +579,7 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
-from llamac.runtime.bundle.manifest import open_bundle
+from llamac.runtime.bundle.opening import open_bundle
 
 folder, moments = Path(sys.argv[1]), int(sys.argv[2])
 

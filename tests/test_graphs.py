@@ -237,8 +237,8 @@ def test_every_weight_is_a_place_in_a_file_under_its_own_name(all_targets: Manif
         dtype: {
             name: (weight.file, str(stored.offset))
             for weight in all_targets.weights
-            if weight.dtype == dtype or weight.file == "rope.safetensors"
             for name, stored in weight.tensors.items()
+            if stored.dtype == dtype or weight.file == "rope.safetensors"
         }
         for dtype in ("float32", "bfloat16")
     }
@@ -288,9 +288,11 @@ def test_tracing_the_shape_of_a_large_model_takes_no_memory_for_it():
 def test_tracing_twice_writes_the_same_bytes(tmp_path: Path):
     config = replace(LlamaConfig.from_dict(VARIANTS["llama-3.1"]), num_hidden_layers=1)
     shapes = {**weight_shapes(config), "rope.cos": (64, 4), "rope.sin": (64, 4)}
-    places = {name: StoredWeight(shape=shape, offset=0) for name, shape in shapes.items()}
-    file = WeightFile(file="model.safetensors", dtype="float32", tensors=places)
+    places = {
+        name: StoredWeight(shape=shape, offset=0, dtype="float32") for name, shape in shapes.items()
+    }
+    file = WeightFile(file="model.safetensors", tensors=places)
     spec = GraphSpec(target="cpu", dtype="float32", batch=2, tokens=1, rows=S, num_positions=64)
     for name in ("one", "two"):
-        save_graph(trace_graph(config, spec), tmp_path / name, [file])
+        save_graph(trace_graph(config, spec), tmp_path / name, [file], config)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

@@ -21,7 +21,8 @@ from test_cli import CONFIG, add_tokenizer, subprocess_args
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
-from llamac.runtime.bundle.manifest import Manifest, open_bundle
+from llamac.runtime.bundle.manifest import Manifest
+from llamac.runtime.bundle.opening import open_bundle
 from llamac.runtime.cli import main
 from llamac.runtime.load import load
 from llamac.runtime.ort.providers import PROVIDERS, provider_problem
@@ -189,6 +190,7 @@ def test_inspect_json(run, exported: Manifest):
         "dtype": "float32",
         "weight_bytes": weight_bytes,
         "weight_copies": 1,
+        "prepacked_bytes": 0,
         "cache_bytes": cache_bytes,
         "host_bytes": weight_bytes + cache_bytes,
         "device_bytes": 0,

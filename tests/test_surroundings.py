@@ -20,7 +20,8 @@ from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.backend import BackendUnavailableError
-from llamac.runtime.bundle.manifest import Manifest, open_bundle
+from llamac.runtime.bundle.manifest import Manifest
+from llamac.runtime.bundle.opening import open_bundle
 from llamac.runtime.ort.ort_backend import OrtBackend
 
 TINY = LlamaConfig(

@@ -77,7 +77,7 @@ INCLUDES = "#include <stdlib.h>\n#include <string.h>\n#include <unistd.h>\n"
 OPEN_SESSION = """
 import sys
 from pathlib import Path
-from llamac.runtime.bundle.manifest import open_bundle
+from llamac.runtime.bundle.opening import open_bundle
 from llamac.runtime.ort.engine_cache import Engines
 from llamac.runtime.ort.providers import SessionOptions, open_session, provider_problem
 bundle, role, folder, built, change = sys.argv[1:]

@@ -21,7 +21,8 @@ from llamac.export.verify import bundle_checkpoint, verify_bundle
 from llamac.model.checkpoint import load_model, open_checkpoint
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.backend import BackendUnavailableError
-from llamac.runtime.bundle.manifest import Manifest, open_bundle
+from llamac.runtime.bundle.manifest import Manifest
+from llamac.runtime.bundle.opening import open_bundle
 from llamac.runtime.cli import main
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.ort.providers import provider_problem

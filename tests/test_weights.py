@@ -21,7 +21,8 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
 from llamac.model.tables import rope_tables
-from llamac.runtime.bundle.manifest import WeightFile, hash_file
+from llamac.runtime.bundle.manifest import WeightFile
+from llamac.runtime.bundle.opening import hash_file
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -56,8 +57,8 @@ def read_places(folder: Path, files: Iterable[WeightFile]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         data = torch.from_numpy(np.fromfile(folder / file.file, np.uint8))
-        dtype = getattr(torch, file.dtype)
         for name, stored in file.tensors.items():
+            dtype = getattr(torch, stored.dtype)
             num_bytes = int(np.prod(stored.shape)) * dtype.itemsize
             raw = data[stored.offset : stored.offset + num_bytes].clone()
             assert name not in found
@@ -69,6 +70,11 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def dtype_of(file: WeightFile) -> str:
+    (dtype,) = {stored.dtype for stored in file.tensors.values()}
+    return dtype
 
 
 def contents(plans: Iterable[WeightPlan]) -> list[WeightFile]:
@@ -116,7 +122,7 @@ def test_another_filesystem_gets_a_copy(tmp_path: Path):
 def test_each_dtype_is_written_once_whatever_the_order(tmp_path: Path, dtypes: tuple[str, ...]):
     expected = write_checkpoint(tmp_path / "checkpoint", "bfloat16")
     plans = write_all(tmp_path / "checkpoint", tmp_path / "out", *dtypes)
-    by_dtype = {plan.content.dtype: plan.content for plan in plans}
+    by_dtype = {dtype_of(plan.content): plan.content for plan in plans}
     assert {dtype: file.file for dtype, file in by_dtype.items()} == {
         "bfloat16": "model.safetensors",
         "float32": "model-float32.safetensors",
@@ -158,7 +164,7 @@ def test_metas_layout_is_converted_while_streaming(tmp_path: Path):
     expected = random_weights(tmp_path / "hf", META_CONFIG)
     folder = write_meta(tmp_path / "meta", expected, num_shards=2)
     plans = write_all(folder, tmp_path / "out", "float32", "bfloat16")
-    files = {plan.content.dtype: plan.content for plan in plans}
+    files = {dtype_of(plan.content): plan.content for plan in plans}
     assert_equal(read_places(tmp_path / "out", [files["float32"]]), expected)
     narrow = {name: tensor.bfloat16() for name, tensor in expected.items()}
     assert_equal(read_places(tmp_path / "out", [files["bfloat16"]]), narrow)

@@ -17,7 +17,7 @@ from .stored import Checkpoint, weight_shapes
 from .tensor_files import TensorFile, open_safetensors
 from .torch_file import open_torch_file
 
-__all__ = ["open_hf_folder"]
+__all__ = ["checkpoint_of", "has_hf_weights", "open_hf_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,6 @@ def open_hf_folder(folder: Path) -> Checkpoint:
         FileNotFoundError: The config, the weights or a shard is missing.
         ValueError: The config isn't a LLaMA's, an index leaves the folder, or a tensor is wrong.
     """
-    path = folder / "config.json"
-    config, quantization = _read_config(path)
     pieces: dict[str, Piece] = {}
     for file in _open_files(folder):
         for key in file.entries:
@@ -55,6 +53,24 @@ def open_hf_folder(folder: Path) -> Checkpoint:
                 raise ValueError(f"{file.path}: tensor {key} is stored twice")
             if not key.endswith("rotary_emb.inv_freq"):
                 pieces[name] = Piece(name=name, file=file, key=key)
+    return checkpoint_of(folder, pieces)
+
+
+def checkpoint_of(folder: Path, pieces: dict[str, Piece]) -> Checkpoint:
+    """Makes a checkpoint of tensors and the config.json beside them.
+
+    Args:
+        folder: Holds config.json.
+        pieces: HF's name to the tensor.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ValueError: See open_hf_folder.
+    """
+    path = folder / "config.json"
+    config, quantization = _read_config(path)
     config = _complete(config, folder, list(pieces.values()))
     if quantization is None:
         quantization = _read_older_settings(folder, pieces)

@@ -63,7 +63,9 @@ def print_bundle(manifest: Manifest) -> None:
 
 def _memory(target: str, needs: dict[str, Any]) -> str:
     if target == "cpu":
-        return f"{format_bytes(needs['host_bytes'])} of host memory, the weights mapped once"
+        packed = needs["prepacked_bytes"]
+        own = f", the sessions' copies of packed ones {format_bytes(packed)}" if packed else ""
+        return f"{format_bytes(needs['host_bytes'])} of host memory, the weights mapped once{own}"
     holder = "engine" if target == "tensorrt" else "session"
     return (
         f"{format_bytes(needs['device_bytes'])} of device memory, the weights once per {holder} "

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..backend import BackendUnavailableError
 from ..bundle.inspect import describe_bundle, print_bundle
-from ..bundle.manifest import open_bundle
+from ..bundle.opening import open_bundle
 from ..cache_folder import cache_root, cache_sizes, clear_caches
 from ..chunks import check_prompt
 from ..language_model import RequestOptions, make_request
@@ -248,6 +248,7 @@ def _export(args: argparse.Namespace) -> int:
             prefill_len=args.prefill_len,
             max_seq_len=args.max_seq_len,
             dtype=args.dtype,
+            accuracy_level=args.accuracy_level,
             progress=progress,
         )
     print_bundle(manifest)

@@ -194,6 +194,14 @@ def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]
         "--batch-size", type=int, default=1, metavar="B", help="cache slots (default: 1)"
     )
     export.add_argument("--quantize", metavar="RECIPE", help=_RECIPE_HELP)
+    export.add_argument(
+        "--accuracy-level",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of products with 4 and 8 bit weights on cpu and cuda: 4 rounds to int8 what is "
+        "multiplied with them, 0 doesn't (default: 4)",
+    )
     _add_shape_options(export)
 
     inspect = add("inspect", "what a bundle holds and needs", "llamac inspect ./bundle")

@@ -31,10 +31,14 @@ def map_weights(manifest: Manifest, dtype: str) -> dict[str, Any]:
 
     values = {}
     for weights in manifest.weights:
-        if weights.dtype != dtype:
+        names = [name for name, stored in weights.tensors.items() if stored.dtype == dtype]
+        if not names:
             continue
         mapped = np.memmap(manifest.folder / weights.file, np.uint8, "r")
-        for name, stored in weights.tensors.items():
+        for name in names:
+            if name.rpartition(".")[2].startswith("weight_"):
+                continue  # of a packed weight, which every session takes apart for itself
+            stored = weights.tensors[name]
             end = stored.offset + math.prod(stored.shape) * ITEM_BYTES[dtype]
             raw = mapped[stored.offset : end].view(_NUMPY_TYPES[dtype])
             values[name] = OrtValue.ortvalue_from_numpy(raw.reshape(stored.shape))

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backend import MAX_THREADS, BackendUnavailableError, StaticShape
-from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest, open_bundle
+from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest
 from ..bundle.memory_needs import memory_needs
+from ..bundle.opening import open_bundle
 from ..memory import available_bytes, format_bytes
 from .bound_graph import BoundGraph
 from .buffers import CacheBuffers
@@ -238,7 +239,8 @@ class _Opener:
         options = SessionOptions(
             provider=self.provider,
             threads=self.threads,
-            prepack=self.prepack and graph.role == "decode",
+            # Products with packed weights are a hundred times slower without.
+            prepack=graph.accuracy_level is not None or (self.prepack and graph.role == "decode"),
             provider_options=self._provider_options(graph),
             initializers=self.weights,
         )
@@ -286,7 +288,7 @@ def _check_memory(manifest: Manifest, target: str, *, prepack: bool, device_id: 
         copies, free, where = 1 + prepack, available_bytes(), "memory"
     else:
         copies, free, where = needs.weight_copies, free_bytes(device_id), "GPU memory"
-    weights, cache = copies * needs.weight_bytes, needs.cache_bytes
+    weights, cache = copies * needs.weight_bytes + needs.prepacked_bytes, needs.cache_bytes
     if weights + cache > free:
         raise BackendUnavailableError(
             f"weights {format_bytes(weights)}, cache {format_bytes(cache)} do not fit in "

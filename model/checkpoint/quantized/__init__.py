@@ -1,6 +1,6 @@
 """Folders of quantized weights, whoever wrote them."""
 
 from .methods import read_quantized
-from .native import quantization_settings
+from .native import native_settings, quantization_settings
 
-__all__ = ["quantization_settings", "read_quantized"]
+__all__ = ["native_settings", "quantization_settings", "read_quantized"]

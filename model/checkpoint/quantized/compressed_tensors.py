@@ -6,7 +6,6 @@ Source: compressed-tensors' documentation of its formats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -103,11 +102,8 @@ def _read_packed(modules: Modules, module: str, num_rows: int, width: int) -> No
         )
     num_groups = scale.shape[1]
     group_size = width // num_groups
-    packed = modules.take(
-        module, "weight_packed", shape=(num_rows, width * bits // 32), dtypes=("int32",)
-    )
+    raw = modules.take_words(module, "weight_packed", (num_rows, width * bits // 8))
     scale = modules.take(module, "weight_scale", shape=(num_rows, num_groups), dtypes=SCALE_DTYPES)
-    raw = _as_bytes(packed)
     order = None
     if modules.find(module, "weight_g_idx") is not None:
         groups = modules.take(module, "weight_g_idx", shape=(width,), dtypes=("int32", "int64"))
@@ -159,9 +155,3 @@ def _read_zeros(modules: Modules, module: str, scale: Piece, *, bits: int, num_r
 
 def _same(stored: Tensor) -> Tensor:
     return stored
-
-
-def _as_bytes(piece: Piece) -> Piece:
-    """The same bytes, named as what they are: a mapped file serves without a copy."""
-    num_rows, words = piece.entry.shape
-    return replace(piece, bytes_as=replace(piece.entry, shape=(num_rows, 4 * words), dtype="uint8"))

@@ -101,6 +101,21 @@ class Modules:
         if piece.dtype in DTYPES and 0 not in piece.shape and not self.values(piece).any():
             del self._left[name]
 
+    def take_words(self, module: str, part: str, shape: tuple[int, int]) -> Piece:
+        """Takes a matrix of int32 as the bytes it is made of; a mapped file serves without a copy.
+
+        Args:
+            module: Its name.
+            part: The tensor's name within it.
+            shape: Of the bytes.
+
+        Returns:
+            The tensor, uint8.
+        """
+        words = (shape[0], shape[1] // 4)
+        piece = self.take(module, part, shape=words, dtypes=("int32",))
+        return replace(piece, bytes_as=replace(piece.entry, shape=shape, dtype="uint8"))
+
     def drop(self, *parts: str) -> None:
         """Leaves out tensors of these names, of every module: they change nothing here."""
         endings = tuple(f".{part}" for part in parts)

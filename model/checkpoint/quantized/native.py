@@ -1,4 +1,4 @@
-"""What config.json says of packed weights: in compressed-tensors' words where they suffice."""
+"""What config.json says of packed weights: in compressed-tensors' words, and in our own."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from ....runtime.typed_json import shown, to_dataclass
 from ...packed import PackedFormat
 from .modules import Modules
 
-__all__ = ["quantization_settings", "read_native"]
+__all__ = ["native_settings", "quantization_settings", "read_native"]
 
-_DTYPES = ("float32", "float16", "bfloat16")
+
+def native_settings(packed: Mapping[str, PackedFormat]) -> dict[str, Any]:
+    """Describes packed weights of any kind in this package's own words.
+
+    Args:
+        packed: Module name to how its weight is packed.
+
+    Returns:
+        The quantization_config.
+    """
+    modules = {name: asdict(form) for name, form in packed.items()}
+    return {"quant_method": "llamac", "modules": modules}
 
 
 def quantization_settings(
     packed: Mapping[str, PackedFormat], plain: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Describes packed weights for config.json.
+    """Describes packed weights as others read them.
 
     Args:
-        packed: Module name to how its weight is packed.
+        packed: Module name to how its weight is packed, without minima or an order of columns.
         plain: Names of the linear modules whose weights are not.
 
     Returns:
-        The quantization_config: compressed-tensors' pack-quantized, or where a weight has minima or
-        an order of columns, which that lacks or stores otherwise, this package's own.
+        The quantization_config of compressed-tensors' pack-quantized.
     """
-    if any(form.minimum_dtype or form.has_order for form in packed.values()):
-        modules = {name: asdict(form) for name, form in packed.items()}
-        return {"quant_method": "llamac", "modules": modules}
     kinds: dict[PackedFormat, list[str]] = {}
     for name, form in packed.items():
         kinds.setdefault(replace(form, scale_dtype="float32"), []).append(name)
@@ -65,5 +72,10 @@ def read_native(modules: Modules) -> None:
         where = f"quantization_config: {module}"
         form = to_dataclass(PackedFormat, stated.get(module), where)
         for part, (shape, dtype) in form.tensors(num_rows, width).items():
+            stored = modules.find(module, part)
+            if part == "weight_packed" and stored is not None and stored.dtype == "int32":
+                words = modules.take_words(module, part, (shape[0], shape[1]))
+                modules.keep(module, part, words)
+                continue
             modules.keep(module, part, modules.take(module, part, shape=shape, dtypes=(dtype,)))
         modules.pack(module, form)
