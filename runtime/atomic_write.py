@@ -79,17 +79,17 @@ def remove_abandoned(parent: Path) -> None:
             shutil.rmtree(partial)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes a file that others see with all of its text or not at all.
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file that others see with all of its content or not at all.
 
     Args:
         path: The file; one that is there is replaced.
-        text: Its content.
+        content: A text, or bytes.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)

@@ -183,6 +183,26 @@ class StaticShape:
         return given.astype(np.int64, copy=False)
 
 
+def check_rows(rows: NDArray[np.float32], expected: tuple[int, int, int], max_seq_len: int) -> None:
+    """Refuses cache rows of another model.
+
+    Args:
+        rows: [buffers, K, n, D] float32.
+        expected: How many buffers, K and D this cache has.
+        max_seq_len: S; n is at most that.
+
+    Raises:
+        ValueError: The sizes differ.
+    """
+    if rows.ndim != 4 or (rows.shape[0], rows.shape[1], rows.shape[3]) != expected:
+        raise ValueError(
+            f"cache rows are {rows.shape}; this model's are [buffers, K, n, D] with buffers, K "
+            f"and D {expected}"
+        )
+    if rows.shape[2] > max_seq_len:
+        raise ValueError(f"{rows.shape[2]} cache rows are given, max_seq_len is {max_seq_len}")
+
+
 class Backend(Protocol):
     """A model with its cache: torch (eager or compiled) or an ONNX Runtime session.
 
@@ -220,5 +240,29 @@ class Backend(Protocol):
 
         Returns:
             [B, V] float32 logits, valid until the next call.
+        """
+        ...
+
+    def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
+        """Copies the first rows of a slot's cache, whose window has not rolled.
+
+        Args:
+            slot: Which slot.
+            num_rows: How many rows, at most S.
+
+        Returns:
+            [buffers, K, num_rows, D] float32: keys and values of the first layer, of the second...
+        """
+        ...
+
+    def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
+        """Puts rows into a slot's cache that `read_rows` took, here or on another backend.
+
+        Args:
+            slot: Which slot.
+            rows: [buffers, K, n, D] float32.
+
+        Raises:
+            ValueError: They are those of another model, or too many.
         """
         ...

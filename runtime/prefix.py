@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import Backend
 from .request import LiveRequest, Request
 
-__all__ = ["Slot"]
+__all__ = ["Slot", "read_kept", "write_kept"]
+
+_MAX_ERROR = 0.1  # of rows that 16 bits have rounded; other weights make an error of 1
 
 
 class Slot:
@@ -49,11 +57,72 @@ class Slot:
         if request.prefix_scope != self.scope or request.prompt_logprobs is not None:
             return 0
         prompt_ids = request.prompt_ids
-        limit = min(len(self.kept_ids), len(prompt_ids) - 1)
-        same = (i for i in range(limit) if self.kept_ids[i] != prompt_ids[i])
-        return next(same, limit)
+        return min(_shared_len(self.kept_ids, prompt_ids), len(prompt_ids) - 1)
 
     @property
     def next_position(self) -> int:
         """Where the slot's next id goes: an idle slot's row there is replaced by it."""
         return len(self.kept_ids) if self.live is None else self.live.next_position
+
+
+def read_kept(
+    slots: Sequence[Slot], backend: Backend, ids: Sequence[int]
+) -> tuple[tuple[int, ...], NDArray[np.float32]]:
+    """Copies what a free slot keeps of a conversation.
+
+    Args:
+        slots: All of the backend's.
+        backend: Has the rows.
+        ids: The conversation.
+
+    Returns:
+        As many of the ids as a slot has rows of, perhaps none, and their rows: see
+        Backend.read_rows.
+    """
+    free = [slot for slot in slots if slot.live is None]
+    if not free:
+        return (), backend.read_rows(0, 0)
+    slot = max(free, key=lambda one: _shared_len(one.kept_ids, ids))
+    num_rows = _shared_len(slot.kept_ids, ids)
+    return tuple(ids[:num_rows]), backend.read_rows(slots.index(slot), num_rows)
+
+
+def write_kept(
+    slots: Sequence[Slot], backend: Backend, ids: Sequence[int], rows: NDArray[np.float32]
+) -> None:
+    """Gives a free slot what `read_kept` took, here or on another backend.
+
+    The first rows are computed as well, and compared: other weights make others.
+
+    Args:
+        slots: All of the backend's.
+        backend: Gets the rows.
+        ids: What they are of.
+        rows: See Backend.write_rows.
+
+    Raises:
+        ValueError: The rows are another model's or don't fit, or no slot is free.
+    """
+    max_seq_len = backend.shape.max_seq_len
+    free = [slot for slot in slots if slot.live is None]
+    if not free or not 0 < len(ids) == rows.shape[2] < max_seq_len:
+        raise ValueError(
+            f"{len(ids)} ids and {rows.shape[2]} rows don't fit in {len(free)} free slots of "
+            f"{max_seq_len} rows"
+        )
+    slot = min(free, key=lambda one: len(one.kept_ids))
+    index, checked_ids = slots.index(slot), ids[: backend.shape.prefill_lens[0]]
+    slot.kept_ids = ()
+    backend.prefill(index, checked_ids, 0)
+    computed = backend.read_rows(index, len(checked_ids))
+    backend.write_rows(index, rows)
+    difference = np.linalg.norm(computed - rows[:, :, : len(checked_ids)])
+    if not difference <= _MAX_ERROR * np.linalg.norm(computed):
+        raise ValueError("the cache rows are another model's")
+    slot.kept_ids, slot.scope = tuple(ids), ""
+
+
+def _shared_len(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    limit = min(len(first), len(second))
+    return next((i for i in range(limit) if first[i] != second[i]), limit)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import RLock
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .backend import Backend
 from .chunks import check_prompt, next_chunk
-from .prefix import Slot
+from .prefix import Slot, read_kept, write_kept
 from .request import Completion, Constraint, Event, LiveRequest, Request
 from .sampling import Sampler
 from .text.constraint import Grammar
@@ -201,6 +202,18 @@ class Scheduler:
                 live.finish("cancelled")
             return live is not None
 
+    def read_kept(self, ids: Sequence[int]) -> tuple[tuple[int, ...], NDArray[np.float32]]:
+        """Copies what a free slot keeps of a conversation; see prefix.read_kept."""
+        with self._lock:
+            self._release_slots()
+            return read_kept(self._slots, self._backend, ids)
+
+    def write_kept(self, ids: Sequence[int], rows: NDArray[np.float32]) -> None:
+        """Gives a free slot what `read_kept` took; see prefix.write_kept."""
+        with self._lock:
+            self._release_slots()
+            write_kept(self._slots, self._backend, ids, rows)
+
     def _named_ids(self, stop: tuple[str, ...]) -> list[int]:
         """The ids of stop texts that name a special token, which adds no text of its own."""
         names = {} if self._tokenizer is None else self._tokenizer.special_names
@@ -223,10 +236,7 @@ class Scheduler:
 
     def _assign_slots(self) -> None:
         """Frees the slots of requests that have ended and fills them from the queue."""
-        for slot in self._slots:
-            if slot.live is not None and slot.live.finished:
-                max_seq_len = self._backend.shape.max_seq_len
-                slot.release(max_seq_len=max_seq_len, keep=self._keep_prefixes)
+        self._release_slots()
         free = [slot for slot in self._slots if slot.live is None]
         while free and self._queue:
             live = self._queue.popleft()
@@ -243,6 +253,12 @@ class Scheduler:
                 live.finish("error")
                 continue
             free.remove(slot)
+
+    def _release_slots(self) -> None:
+        for slot in self._slots:
+            if slot.live is not None and slot.live.finished:
+                max_seq_len = self._backend.shape.max_seq_len
+                slot.release(max_seq_len=max_seq_len, keep=self._keep_prefixes)
 
     def _start(self, live: LiveRequest, slot: Slot) -> None:
         request = live.request

@@ -127,6 +127,29 @@ def test_chunks_and_steps_equal_one_forward_at_every_position(backend: Backend, 
         assert_close(decode_slot(backend, slot, ids[position], position), expected[position])
 
 
+def test_rows_go_from_one_backend_to_another(backend: Backend, eager: TorchBackend):
+    ids, expected = sequence(S, seed=3)
+    length = 2 * P + 3
+    for source, target in ((backend, eager), (eager, backend)):
+        prefill_chunks(source, 1, ids[:length])
+        rows = source.read_rows(1, length)
+        assert (rows.dtype, rows.shape[2]) == (np.float32, length)
+        prefill_chunks(target, 2, random_ids(S, seed=9))  # what was there is overwritten
+        target.write_rows(2, rows)
+        np.testing.assert_array_equal(target.read_rows(2, length), rows)
+        for position in range(length, S):
+            assert_close(decode_slot(target, 2, ids[position], position), expected[position])
+
+
+def test_rows_of_another_model_are_refused(backend: Backend):
+    rows = backend.read_rows(0, 3)
+    for wrong in (rows[1:], rows[:, 1:], rows[..., 1:], rows[0]):
+        with pytest.raises(ValueError, match="this model's are"):
+            backend.write_rows(0, wrong)
+    with pytest.raises(ValueError, match=f"{S + 1} cache rows are given, max_seq_len is {S}"):
+        backend.write_rows(0, np.repeat(rows[:, :, :1], S + 1, axis=2))
+
+
 def test_every_chunk_length_at_both_ends_of_the_cache(backend: Backend):
     ids, expected = sequence(S, seed=0)
     for length in range(1, P + 1):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...runtime.backend import BackendUnavailableError, StaticShape, StepInputs
+from ...runtime.backend import BackendUnavailableError, StaticShape, StepInputs, check_rows
 from ..cache import KVCache
 from ..llama import Llama, TorchAttention, call_layer
 from .bound_step import BoundStep
@@ -137,6 +137,19 @@ class TorchBackend:
     def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of every slot; see Backend."""
         return self._steps[_DECODE](self.shape.step_inputs(ids, positions))[:, 0]
+
+    def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
+        """The first rows of a slot's cache; see Backend."""
+        rows = [buffer[slot, :, :num_rows].float().cpu() for buffer in self.cache.buffers]
+        return torch.stack(rows).numpy()
+
+    def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
+        """Rows into a slot's cache; see Backend."""
+        buffers = self.cache.buffers
+        _, num_heads, max_seq_len, head_dim = buffers[0].shape
+        check_rows(rows, (len(buffers), num_heads, head_dim), max_seq_len)
+        for buffer, own in zip(buffers, torch.from_numpy(rows), strict=True):
+            buffer[slot, :, : own.shape[1]].copy_(own)
 
     def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """[N, V] logits of one chunk, valid until the next."""

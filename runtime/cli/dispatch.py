@@ -20,12 +20,13 @@ from ..chunks import check_prompt
 from ..language_model import RequestOptions, make_request
 from ..load import SAMPLING_KEYS, LoadOptions, Source, open_source
 from ..memory import format_bytes
+from ..session import read_session
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_files import load_tokenizer
-from .chat import chat
+from .chat import Conversation, chat
 from .commands import generate_texts, score_text
-from .doctor import describe_diagnosis, examine, format_diagnosis, without_torch
+from .doctor import doctor
 from .input_text import checked_text, read_prompts, read_schema, read_text, read_tools, typed_lines
 from .options import parse_words
 from .serve_command import serve
@@ -72,7 +73,7 @@ def run(words: Sequence[str]) -> int:
             "quantize": _quantize,
             "inspect": _inspect,
             "verify": _verify,
-            "doctor": _doctor,
+            "doctor": doctor,
             "cache": _cache,
             "init": _init,
             "bench": _bench,
@@ -197,6 +198,11 @@ def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    saved = read_session(args.session) if args.session and args.session.exists() else None
+    if saved is not None and args.system is not None:
+        raise ValueError(f"--system is {args.session}'s own; leave it out, or name another file")
+    if saved is not None and args.seed is None:
+        args.seed = saved.seed
     options = _request_options(args)
     system = None if args.system is None else checked_text(args.system, "--system")
     tools = None if args.tools is None else read_tools(args.tools)
@@ -210,12 +216,14 @@ def _chat(args: argparse.Namespace) -> int:
             announce=say,
             progress=progress,
         )
+    conversation = Conversation(model, system=system, tools=tools)
+    if saved is not None:
+        conversation.restore(saved)
     return chat(
-        model,
+        conversation,
         typed_lines(),
-        system=system,
-        tools=tools,
         make_request=lambda ids: model.request(ids, **options),
+        session_file=args.session,
     )
 
 
@@ -304,20 +312,6 @@ def _verify(args: argparse.Namespace) -> int:
     if report := write_report(result, manifest.folder):
         say(f"report: {report}")
     return 0 if result.passed else 1
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    try:
-        from ...model.doctor import torch_findings
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        found = without_torch()
-    else:
-        found = torch_findings()
-    diagnosis = examine(found)
-    emit(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
-    return 0
 
 
 def _init(args: argparse.Namespace) -> int:

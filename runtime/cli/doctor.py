@@ -5,8 +5,10 @@ Works with nothing but the base dependencies: what isn't installed is what it is
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -24,12 +26,14 @@ from ..ort.providers import (
     installed_versions,
     provider_problem,
 )
+from .terminal import emit
 from .text_table import format_table
 
 __all__ = [
     "Diagnosis",
     "Finding",
     "describe_diagnosis",
+    "doctor",
     "examine",
     "format_diagnosis",
     "torch_finding",
@@ -50,6 +54,21 @@ _PROVIDER_NEEDS = {
     "cuda": "onnxruntime-gpu, CUDA, cuDNN 9, a GPU",
     "tensorrt": "onnxruntime-gpu, CUDA, TensorRT 10, a GPU",
 }
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Prints what is here, as a table or as JSON; the exit code is 0."""
+    try:
+        from ...model.doctor import torch_findings
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        found = without_torch()
+    else:
+        found = torch_findings()
+    diagnosis = examine(found)
+    emit(json.dumps(describe_diagnosis(diagnosis)) if args.json else format_diagnosis(diagnosis))
+    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

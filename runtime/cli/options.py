@@ -142,6 +142,9 @@ def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) 
     talk.add_argument(
         "--tools", type=Path, metavar="FILE", help="JSON list of functions (default: none)"
     )
+    talk.add_argument(
+        "--session", type=Path, metavar="FILE", help="goes on from there, and is kept there"
+    )
     add_sampling_options(talk)
     serve = add(
         "serve", "OpenAI's HTTP interface", "llamac serve ./bundle --port 8000 --max-queue 64"

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backend import check_rows
 from .gpu_libraries import copy_rows
 
 __all__ = ["ONNX_TYPES", "Buffer", "CacheBuffers", "allocate"]
@@ -109,6 +110,26 @@ class CacheBuffers:
             array = buffer.read()
             array[slot, :, target] = array[slot, :, source]
 
+    def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
+        """Copies the first rows of a slot: [buffers, K, num_rows, D] float32."""
+        return np.stack(
+            [_widened(buffer.read()[slot, :, :num_rows], self.dtype) for buffer in self._buffers]
+        )
+
+    def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
+        """Puts such rows into a slot.
+
+        Raises:
+            ValueError: Their sizes are not this cache's.
+        """
+        _, num_heads, max_seq_len, head_dim = self.shape
+        check_rows(rows, (len(self._buffers), num_heads, head_dim), max_seq_len)
+        for buffer, own in zip(self._buffers, rows, strict=True):
+            array = buffer.read()
+            array[slot, :, : own.shape[1]] = _narrowed(own, self.dtype)
+            if self.device_id is not None:
+                buffer.write(array)
+
 
 class _HostBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
@@ -147,3 +168,16 @@ class _GpuBuffer:
 
 def _item_bytes(dtype: str) -> int:
     return np.dtype(_NUMPY_TYPES[dtype]).itemsize
+
+
+def _widened(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    if dtype != "bfloat16":
+        return values.astype(np.float32)
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrowed(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    if dtype != "bfloat16":
+        return values.astype(_NUMPY_TYPES[dtype])
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # ties to even

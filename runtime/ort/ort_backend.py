@@ -145,6 +145,15 @@ class OrtBackend:
             inputs = replace(inputs, write_indices=self._roll(inputs.positions))
         return self._decode.run(inputs)
 
+    def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
+        """The first rows of a slot's cache; see Backend."""
+        return self._cache.read_rows(slot, num_rows)
+
+    def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
+        """Rows into a slot's cache; see Backend."""
+        self._last_rolled[slot] = -1
+        self._cache.write_rows(slot, rows)
+
     def _roll(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Makes room in full slots, whose next token is always written to the last row.
 
