@@ -12,6 +12,8 @@ from .stored import Checkpoint
 
 __all__ = ["read_dequantized"]
 
+_BLOCK_ELEMENTS = 1 << 22
+
 
 def read_dequantized(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
     """Reads a weight by blocks of whole rows.
@@ -31,14 +33,17 @@ def read_dequantized(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice,
     names = [n for n in checkpoint.tensors if n.startswith(f"{module}.weight_")]
     parts = {n.rpartition("_")[2]: _whole(checkpoint, n) for n in names}
     width = parts["packed"].shape[1] * 8 // form.bits
-    weight = dequantize(
-        parts["packed"], parts["scale"], parts.get("minimum"), torch.float32, width=width
-    )
-    if form.has_order:
-        restored = torch.empty_like(weight)
-        restored[:, parts["order"].long()] = weight
-        weight = restored
-    yield slice(0, len(weight)), weight
+    order = parts.pop("order", None)
+    step = max(1, _BLOCK_ELEMENTS // width)
+    for start in range(0, len(parts["packed"]), step):
+        rows = slice(start, start + step)
+        block = {kind: part[rows] for kind, part in parts.items()}
+        weight = dequantize(
+            *(block["packed"], block["scale"], block.get("minimum"), torch.float32), width=width
+        )
+        if order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, order.long(), weight)
+        yield slice(start, start + len(weight)), weight
 
 
 def _by_rows(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:

@@ -82,7 +82,7 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         ValueError: It is none.
     """
-    match = re.fullmatch(r"int([48])(?:-g(16|32|64|128))?", text)
+    match = re.fullmatch(r"int([48])(?:-g(16|32|64|128))?", text) if type(text) is str else None
     if match is None:
         raise ValueError(f"quantize is {shown(text)}; it must be {RECIPES} (16, 32, 64 or 128)")
     bits = int(match[1])

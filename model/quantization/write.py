@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,8 +35,10 @@ from .rounding import round_weight
 
 __all__ = ["QuantizedKind", "quantize_checkpoint", "quantized_copy"]
 
+logger = logging.getLogger(__name__)
+
 _FILE = "model.safetensors"
-_BLOCK_ELEMENTS = 1 << 21  # rounded at a time: its temporaries stay near a core's cache
+_BLOCK_ELEMENTS = 1 << 19  # rounded at a time: its temporaries stay near a core's cache
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -100,13 +105,14 @@ def quantize_checkpoint(
             stream.write(header)
             stream.flush()
             os.posix_fallocate(stream.fileno(), 0, num_bytes)
-        writer = _Writer(folder / _FILE, layout, begins, packed, str(checkpoint.folder))
         total, done = sum(map(math.prod, shapes.values())), 0
-        for name in shapes:
-            for rows, part in _read(checkpoint, name):
-                writer.add(name, rows, part)
-                done += part.numel()
-                progress(done, total)
+        with _threads() as pool:
+            writer = _Writer(folder / _FILE, layout, begins, packed, str(checkpoint.folder), pool)
+            for name in shapes:
+                for rows, part in _read(checkpoint, name):
+                    writer.add(name, rows, part)
+                    done += part.numel()
+                    progress(done, total)
         facts = {**config.to_dict(), "quantization_config": quantization_settings(packed, plain)}
         text = json.dumps(facts, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -122,7 +128,8 @@ def quantized_copy(
     """Quantizes a checkpoint into the user's cache, once.
 
     Args:
-        checkpoint: What is quantized; the copy is known by its files' names, sizes and times.
+        checkpoint: What is quantized; the copy is known by its files' names, sizes and times, and
+            replaces one of what they were before.
         recipe: Which weight gets how many bits.
         progress: Told what is being done.
 
@@ -132,14 +139,24 @@ def quantized_copy(
     Raises:
         ValueError: See quantize_checkpoint.
     """
-    folder = cache_folder("quantized") / f"{_identity(checkpoint)}-{recipe.name}"
-    if not folder.exists():
-        quantize_checkpoint(
-            checkpoint,
-            folder,
-            recipe,
-            progress=lambda done, total: progress(f"quantizing, {done / total:.0%}"),
-        )
+    common, rest = _name(checkpoint, recipe)
+    parent = cache_folder("quantized")
+    folder = parent / f"{common}{rest}"
+    if folder.exists():
+        try:
+            return open_checkpoint(folder)
+        except (ValueError, OSError) as error:
+            logger.warning("%s; it is made again", error)
+            shutil.rmtree(folder)
+    quantize_checkpoint(
+        checkpoint,
+        folder,
+        recipe,
+        progress=lambda done, total: progress(f"quantizing, {done / total:.0%}"),
+    )
+    for older in parent.glob(f"{common}-*"):
+        if older != folder:  # of files that have changed since
+            shutil.rmtree(older, ignore_errors=True)
     return open_checkpoint(folder)
 
 
@@ -153,9 +170,10 @@ class _Writer:
         begins: Mapping[str, int],
         packed: Mapping[str, PackedFormat],
         source: str,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._path, self._layout, self._begins, self._source = path, layout, begins, source
-        self._packed = packed
+        self._packed, self._pool = packed, pool
         self._counts: dict[tuple[str, PackedFormat], set[str]] = defaultdict(set)
         self._errors: dict[tuple[str, PackedFormat], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for module in packed:
@@ -172,19 +190,24 @@ class _Writer:
             return
         width = part.shape[1]
         step = max(1, _BLOCK_ELEMENTS // width)
-        key = (module.rpartition(".")[2], form)
-        self._counts[key].add(module)
         packed = self._rows(f"{module}.weight_packed", rows).view(torch.uint8)
         scales = self._rows(f"{module}.weight_scale", rows)
-        for start in range(0, len(part), step):
+
+        def write(start: int) -> tuple[float, float]:
+            """Rounds a block; gives its squared error and squares."""
             block = torch.empty(part[start : start + step].shape)
             copy_finite(f"{self._source}: {name}", part[start : start + step], block)
             values, scale = round_weight(block, form)
             packed[start : start + step] = values
             scales[start : start + step] = scale
             difference = dequantize(values, scale, None, torch.float32, width=width).sub_(block)
-            self._errors[key][0] += difference.square_().sum().item()
-            self._errors[key][1] += block.square_().sum().item()
+            return difference.square_().sum().item(), block.square_().sum().item()
+
+        key = (module.rpartition(".")[2], form)
+        self._counts[key].add(module)
+        for error, square in self._pool.map(write, range(0, len(part), step)):
+            self._errors[key][0] += error
+            self._errors[key][1] += square
 
     def summary(self) -> tuple[QuantizedKind, ...]:
         return tuple(
@@ -243,11 +266,32 @@ def _item_bytes(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
 
-def _identity(checkpoint: Checkpoint) -> str:
-    """Of the files that hold the weights, as they are now."""
+def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
+    """Of a copy: what all copies of the source have in common, and the rest for its files now."""
+    folders = {checkpoint.folder, checkpoint.side_folder}
     paths = {piece.file.path for piece in checkpoint.pieces}
+    paths |= {path for folder in folders for path in folder.glob("*.json")}
+    paths |= {checkpoint.side_folder / name for name in TOKENIZER_NAMES}
     facts = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted({*paths, *checkpoint.side_folder.glob("*.json")})
+        for path in sorted(paths)
+        if path.is_file()
     ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    source = min(piece.file.path for piece in checkpoint.pieces).resolve()
+    return f"{_digest(str(source))}-{recipe.name}", f"-{_digest(repr(facts))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """One for each core, and none of torch's, which would wait for each other at every step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
