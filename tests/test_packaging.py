@@ -132,7 +132,7 @@ def test_every_folder_is_installed_and_the_demo_with_it():
     assert len(tools["packages"]) == len(names)
     assert tools["package-dir"] == {f"llamac.{package}": package for package in MAY_IMPORT}
     assert not (ROOT / "__init__.py").exists()  # llamac is a namespace
-    for path in (ROOT / "model").rglob("*.cpp"):
+    for path in (*(ROOT / "model").rglob("*.cpp"), *(ROOT / "model").rglob("*.h")):
         room = "llamac." + ".".join(path.parent.relative_to(ROOT).parts)
         assert any(path.match(pattern) for pattern in tools["package-data"][room])
 

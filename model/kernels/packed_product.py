@@ -26,7 +26,10 @@ from .cpp_library import load_library
 
 __all__ = ["dequantize", "multiply_packed"]
 
-_SOURCES = (Path(__file__).with_suffix(".cpp"),)
+_SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("packed_product.cpp", "packed_weight.h", "vectors.h")
+)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
 _GROUPS = (16, 32, 64, 128)
 _FEW_ROWS = 16  # what the C++ library takes, and is faster at than BLAS
