@@ -20,11 +20,11 @@ REFUSAL = "llamac: hf/config.json: config: head_dim is 7; it must be even\n"
 @pytest.mark.slow
 def test_damaged_input_ends_in_a_result_or_in_one_line():
     """Of 16,523 tries, 168 ended in a traceback, 19 hung and others told another model's story."""
-    command = [sys.executable, str(FUZZ / "run.py"), "--seed", "0", "--tries", "330", "--jobs", "2"]
+    command = [sys.executable, str(FUZZ / "run.py"), "--seed", "0", "--tries", "360", "--jobs", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "330 tries" in ended.stdout
+    assert "360 tries" in ended.stdout
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def damage_content(rng: Random, path: Path) -> Damage:
         new, damage = _damage_safetensors(rng, raw)
     elif path.suffix in (".bin", ".pth"):
         new, damage = _damage_zip(rng, raw)
+    elif path.suffix == ".gguf":
+        new, damage = _damage_gguf(rng, raw)
     elif b" 0\n" in raw[:10]:
         new, damage = _damage_ranks(rng, raw)
     else:  # a template, or a SentencePiece model, which has no checksum
@@ -58,6 +60,23 @@ def _damage_safetensors(rng: Random, raw: bytes) -> tuple[bytes, Damage]:
     if any(position >= end for position in damage.positions) or new == raw:
         return new, damage
     return new, replace(damage, allowed="same" if damage.positions else "refused")
+
+
+def _damage_gguf(rng: Random, raw: bytes) -> tuple[bytes, Damage]:
+    """Most of it where a byte means much: the config's keys and the table of tensors."""
+    if rng.random() < 0.3:
+        new, damage = damage_bytes(rng, raw)
+        # What is behind the last weight says nothing.
+        if damage.note.startswith(("cut", "append", "twice")):
+            damage = replace(damage, allowed="same")
+        return new, damage
+    lists, tensors = raw.index(b"tokenizer."), raw.index(b"token_embd")
+    end = raw.rindex(b".weight") + 40
+    parts = ((0, lists), (lists, tensors), (tensors, end))
+    first, last = rng.choices(parts, (45, 15, 40))[0]
+    new, damage = damage_bytes(rng, raw[first:last])
+    note = f"from {first}: {damage.note}"
+    return raw[:first] + new + raw[last:], replace(damage, note=note, positions=())
 
 
 def _damage_zip(rng: Random, raw: bytes) -> tuple[bytes, Damage]:

@@ -17,7 +17,7 @@ from templates import odd_template
 __all__ = ["KINDS", "Trial", "make_trial", "seal_manifest", "sound_command"]
 
 KINDS = (
-    *("config", "index", "safetensors", "bin", "meta", "lit", "tokenizer", "ranks"),
+    *("config", "index", "safetensors", "bin", "meta", "lit", "gguf", "tokenizer", "ranks"),
     *("template", "bundle", "options"),
 )
 
@@ -48,6 +48,7 @@ _FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("meta2", ("params.json", "consolidated.00.pth", "consolidated.01.pth")),
     ),
     "lit": (("lit", ("lit-llama.pth", "lit-llama.pth", "config.json")),),
+    "gguf": (("one-file", ("model.gguf",)), ("one-bpe", ("model.gguf",))),
     "tokenizer": (
         ("hf", ("tokenizer.model", "tokenizer_config.json")),
         ("shards", ("tokenizer.json",)),

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from gguf_files import bpe_vocabulary, sentencepiece_vocabulary, write_gguf
 from safetensors.torch import save_file
 from test_foreign_formats import CONFIG, PARAMS, write_lit, write_meta
 from test_tokenizer import SPECIALS, byte_fallback_library, byte_level_library, rank_lines
@@ -73,7 +74,8 @@ def make_seeds(root: Path) -> None:
 
     Args:
         root: An empty folder, which then holds hf, shards, bin, bin-shards, meta1, meta2, lit,
-            chat, chat-config and bundle, options.json, and text.txt, which score reads.
+            one-file, one-bpe, chat, chat-config and bundle, options.json, and text.txt, which
+            score reads.
     """
     torch.manual_seed(0)
     base = replace(CONFIG, max_position_embeddings=64, bos_token_id=1, eos_token_ids=(2,))
@@ -103,6 +105,26 @@ def make_seeds(root: Path) -> None:
     (root / "lit" / "model.safetensors").unlink()
     shutil.copy(DEMO_FOLDER / "tokenizer.model", root / "lit")
     write_lit(root / "lit" / "lit-llama.pth", _weights(heads), heads.head_dim)
+
+    (root / "one-file").mkdir()
+    vocabulary = sentencepiece_vocabulary(DEMO_FOLDER / "tokenizer.model")
+    write_gguf(
+        root / "one-file" / "model.gguf",
+        pieces,
+        _weights(pieces),
+        kinds=("Q8_0", "F16", "Q4_1", "F32", "Q5_0"),
+        vocabulary={**vocabulary, "chat_template": _TEMPLATE},
+    )
+    (root / "one-bpe").mkdir()
+    ids = {"ggml.bos_token_id": 0, "ggml.eos_token_id": 1}
+    write_gguf(
+        root / "one-bpe" / "model.gguf",
+        bytewise,
+        _weights(bytewise),
+        kinds=("BF16", "Q4_0", "Q5_1"),
+        vocabulary={**bpe_vocabulary(byte_level_library(), "llama-bpe"), **ids},
+        changes={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+    )
 
     shutil.copytree(root / "hf", root / "chat")
     (root / "chat" / "chat_template.jinja").write_text(_TEMPLATE)
