@@ -6,6 +6,7 @@ of their own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from llamac.model.kernels.live_attention import attend_live
+from llamac.model.kernels.packed_product import multiply_packed
 from llamac.model.linear import multiply_one
 from llamac.model.tables import causal_mask
+from packed_weight import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -136,6 +139,40 @@ def check_product(multiply, *, dtype: str, width: int, num_rows: int) -> None:
     assert relative_error(out, x.double() @ weight.double().t()) < ALLOWED_ERROR[dtype]
 
 
+def check_packed(
+    multiply: Callable[..., torch.Tensor], *, dtype: str, num_x: int, weight: PackedWeight
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_x, weight.exact.shape[1]).to(getattr(torch, dtype))
+    minimum = weight.minimum.to(DEVICE) if weight.minimum.numel() else None
+    out = multiply(x.to(DEVICE), weight.packed.to(DEVICE), weight.scale.to(DEVICE), minimum)
+    assert out.shape == (num_x, len(weight.exact))
+    assert out.dtype == x.dtype
+    assert relative_error(out.cpu(), x.double() @ weight.exact.t()) < ALLOWED_ERROR[dtype]
+
+
+@anywhere
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("num_x", [1, 3, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_few_rows_times_a_packed_weight(bits: int, num_x: int, dtype: str):
+    from llamac.model.kernels.packed_gpu import multiply_packed_on_gpu
+
+    groups = itertools.cycle((16, 32, 64, 128))  # 40: that of the whole row
+    scales = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
+    for num_rows, width in ((5, 40), (1, 128), (7, 384), (3, 4224)):
+        for with_minimum in (False, True):
+            weight = PackedWeight(
+                num_rows,
+                width,
+                bits=bits,
+                group=next(groups),
+                dtype=next(scales),
+                with_minimum=with_minimum,
+            )
+            check_packed(multiply_packed_on_gpu, dtype=dtype, num_x=num_x, weight=weight)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -149,7 +186,7 @@ def test_the_kernels_in_tritons_interpreter():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "28 passed" in done.stdout, done.stdout[-4000:]
+    assert "46 passed" in done.stdout, done.stdout[-4000:]
 
 
 class TestOnAGpu:
@@ -184,3 +221,15 @@ class TestOnAGpu:
     @pytest.mark.parametrize(("width", "num_rows"), [(2048, 256), (5632, 2049)])
     def test_product(self, dtype: str, width: int, num_rows: int):
         check_product(multiply_one, dtype=dtype, width=width, num_rows=num_rows)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("num_x", [1, 8, 40])
+    @pytest.mark.parametrize(("bits", "with_minimum"), [(4, False), (4, True), (8, False)])
+    def test_packed_product(self, bits: int, with_minimum: bool, num_x: int, dtype: str):
+        weight = PackedWeight(2049, 2048, bits=bits, with_minimum=with_minimum)
+
+        def multiply(x, packed, scale, minimum):
+            minima = [] if minimum is None else [minimum]
+            return multiply_packed(x, [packed], [scale], minima)[0]
+
+        check_packed(multiply, dtype=dtype, num_x=num_x, weight=weight)

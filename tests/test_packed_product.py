@@ -19,6 +19,7 @@ from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.packed_product import dequantize, multiply_packed
 from llamac.model.toolchain import instruction_set
 from llamac.runtime.cache_folder import cache_sizes
+from packed_weight import PackedWeight
 
 GROUPS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,37 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((5, 24), (7, 40), (131, 352), (67, 576), (33, 2048))
 
 
-class Weight:
-    """A packed weight, and what it stands for in float64."""
-
-    def __init__(
-        self,
-        num_rows: int,
-        width: int,
-        *,
-        bits: int = 4,
-        group: int = 32,
-        dtype: torch.dtype = torch.bfloat16,
-        with_minimum: bool = False,
-    ) -> None:
-        random = torch.Generator().manual_seed(num_rows + width + bits + group)
-        group = group if width % group == 0 else width
-        values = torch.randint(0, 2**bits, (num_rows, width), generator=random, dtype=torch.uint8)
-        sizes = num_rows, width // group
-        self.scale = (torch.rand(sizes, generator=random) + 0.1).to(dtype) / 2**bits
-        minimum = torch.randn(sizes, generator=random).to(dtype)
-        self.minimum = minimum if with_minimum else torch.empty(0)
-        self.packed = values if bits == 8 else values[:, ::2] | values[:, 1::2] << 4
-        scale, minimum = (
-            part.double().repeat_interleave(group, dim=1) for part in (self.scale, minimum)
-        )
-        unpacked = values.double()
-        self.exact = (
-            unpacked * scale + minimum if with_minimum else (unpacked - 2 ** (bits - 1)) * scale
-        )
-
-
-def multiply(x: Tensor, *weights: Weight) -> list[Tensor]:
+def multiply(x: Tensor, *weights: PackedWeight) -> list[Tensor]:
     return multiply_packed(
         x,
         [weight.packed for weight in weights],
@@ -71,7 +42,7 @@ def random_x(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> T
     return (x * width**-0.5).to(dtype)
 
 
-def assert_close_to_exact(out: Tensor, x: Tensor, weight: Weight) -> None:
+def assert_close_to_exact(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     assert out.dtype == x.dtype
     assert out.is_contiguous()
     atol, rtol = TOLERANCE[str(x.dtype).removeprefix("torch.")]
@@ -112,7 +83,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("bits", [4, 8])
 def test_product(bits: int, group: int, dtype: torch.dtype, with_minimum: bool):
     for (num_rows, width), x_dtype in itertools.product(SHAPES, DTYPES):
-        weight = Weight(
+        weight = PackedWeight(
             num_rows, width, bits=bits, group=group, dtype=dtype, with_minimum=with_minimum
         )
         for num_x in (1, 2, 3, 8, 16, 17, 40):
@@ -123,7 +94,7 @@ def test_product(bits: int, group: int, dtype: torch.dtype, with_minimum: bool):
 @pytest.mark.parametrize("with_minimum", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dequantize(bits: int, with_minimum: bool):
-    weight = Weight(6, 96, bits=bits, dtype=torch.float16, with_minimum=with_minimum)
+    weight = PackedWeight(6, 96, bits=bits, dtype=torch.float16, with_minimum=with_minimum)
     minimum = weight.minimum if with_minimum else None
     values = dequantize(weight.packed, weight.scale, minimum, torch.float32, width=96)
     torch.testing.assert_close(values, weight.exact.float())
@@ -143,9 +114,9 @@ def test_the_low_half_of_a_byte_is_the_first_column():
 @pytest.mark.parametrize("num_rows", [1, 4, 20])
 def test_several_weights_equal_one_each(num_rows: int):
     weights = [
-        Weight(9, 256, bits=4, group=32),
-        Weight(4, 256, bits=8, group=128, dtype=torch.float16),
-        Weight(5, 256, bits=4, group=64, with_minimum=True),
+        PackedWeight(9, 256, bits=4, group=32),
+        PackedWeight(4, 256, bits=8, group=128, dtype=torch.float16),
+        PackedWeight(5, 256, bits=4, group=64, with_minimum=True),
     ]
     x = random_x(num_rows, 256, torch.bfloat16)
     for out, weight in zip(multiply(x, *weights), weights, strict=True):
@@ -156,14 +127,14 @@ def test_several_weights_equal_one_each(num_rows: int):
 
 @pytest.mark.slow  # compiles
 def test_one_graph_for_any_weights_of_a_shape():
-    def step(x: Tensor, weight: Weight) -> Tensor:
+    def step(x: Tensor, weight: PackedWeight) -> Tensor:
         first, second = multiply(x * 2, weight, weight)
         return first + second
 
     compiled = torch.compile(step, fullgraph=True)
     x = random_x(2, 64)
     for seed in range(3):
-        weight = Weight(12, 64)
+        weight = PackedWeight(12, 64)
         weight.scale *= seed
         with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
             torch.testing.assert_close(compiled(x, weight), step(x, weight))
@@ -182,7 +153,7 @@ def test_the_operator_imports_no_compiler():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 7])
 def test_the_number_of_threads_changes_no_bit(num_rows: int, dtype: torch.dtype):
-    weights = [Weight(83, 416), Weight(50, 416, bits=8)]
+    weights = [PackedWeight(83, 416), PackedWeight(50, 416, bits=8)]
     x = random_x(num_rows, 416, dtype)
     num_threads = torch.get_num_threads()
     outs = []
@@ -210,7 +181,7 @@ def before_a_page_that_cannot_be_read(part: Tensor) -> Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nothing_is_read_behind_a_weight(bits: int, width: int):
     """It may be the end of a mapped file."""
-    weight = Weight(3, width, bits=bits, with_minimum=True)
+    weight = PackedWeight(3, width, bits=bits, with_minimum=True)
     for name in ("packed", "scale", "minimum"):
         setattr(weight, name, before_a_page_that_cannot_be_read(getattr(weight, name)))
     for num_rows in (1, 2, 20):

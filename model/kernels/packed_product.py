@@ -34,6 +34,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ libr
 _GROUPS = (16, 32, 64, 128)
 _FEW_ROWS = 16  # what the C++ library takes, and is faster at than BLAS
 _BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
+_GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
 
 _library = torch.library.Library("llamac", "FRAGMENT")
 # Not a custom_op, whose first call imports Dynamo.
@@ -108,14 +109,27 @@ def _multiply_on_cpu(
     return outs
 
 
+def _multiply_on_gpu(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> list[Tensor]:
+    weights = _weights(packed, scales, minima)
+    if not 0 < len(x) <= _FEW_ROWS:
+        return [_multiply_dequantized(x, *weight) for weight in weights]
+    from .packed_gpu import multiply_packed_on_gpu
+
+    return [multiply_packed_on_gpu(x, *weight) for weight in weights]
+
+
 def _multiply_dequantized(
     x: Tensor, packed: Tensor, scale: Tensor, minimum: Tensor | None
 ) -> Tensor:
     """The product by BLAS, a block of the weight's rows at a time."""
+    on_cpu = x.device.type == "cpu"
     brain = x.dtype == torch.bfloat16 and x.dtype not in STORAGE_DTYPES
-    columns = x.to(torch.bfloat16 if brain else torch.float32).t()  # [K, M]
+    columns = x.to(torch.float32 if on_cpu and not brain else x.dtype).t()  # [K, M]
     out = columns.new_empty(len(packed), len(x))
-    block = min(len(packed), max(1, _BLOCK_ELEMENTS // x.shape[1]))
+    elements = _BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS
+    block = min(len(packed), max(1, elements // x.shape[1]))
     buffer = columns.new_empty(block, x.shape[1])
     for begin in range(0, len(packed), block):
         rows = slice(begin, begin + block)
@@ -183,5 +197,5 @@ def _fake(
 
 
 _library.impl("multiply_packed", _multiply_on_cpu, "CPU")
-_library.impl("multiply_packed", _multiply_on_cpu, "CUDA")
+_library.impl("multiply_packed", _multiply_on_gpu, "CUDA")
 torch.library.register_fake("llamac::multiply_packed", _fake, lib=_library)
