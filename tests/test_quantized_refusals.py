@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from quantized_folders import LINEARS, plain_weights, write_folder
+from rounded import Rounded
 from safetensors.torch import load_file, save_file
-from test_quantized_gptq_awq import AWQ, GPTQ, Rounded, round_all, write_gptq
+from test_quantized_gptq_awq import AWQ, GPTQ, round_all, write_gptq
 from torch import Tensor
 
 from llamac.model.checkpoint import load_model, open_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from random import Random
 
 from damage import Damage, damage_bytes, damage_json
 
-__all__ = ["damage_content"]
+__all__ = ["damage_content", "damage_quantization"]
 
 
 def damage_content(rng: Random, path: Path) -> Damage:
@@ -40,6 +41,24 @@ def damage_content(rng: Random, path: Path) -> Damage:
     else:  # a template, or a SentencePiece model, which has no checksum
         new, damage = damage_bytes(rng, raw)
     path.write_bytes(new)
+    return damage
+
+
+def damage_quantization(rng: Random, path: Path) -> Damage:
+    """Changes what a config.json says of the weights' quantization, and nothing else.
+
+    Args:
+        rng: Decides.
+        path: The file.
+
+    Returns:
+        What was done.
+    """
+    config = json.loads(path.read_bytes())
+    settings = json.dumps(config["quantization_config"]).encode()
+    new, damage = damage_json(rng, settings, typed=True)
+    config["quantization_config"] = mark = "@settings@"
+    path.write_bytes(json.dumps(config).encode().replace(f'"{mark}"'.encode(), new))
     return damage
 
 

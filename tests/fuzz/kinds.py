@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from contents import damage_content
+from contents import damage_content, damage_quantization
 from damage import Allowed, damage_bytes, damage_file, damage_json, odd_word
 from seeds import COMMANDS, PROMPT, Seeds
 from templates import odd_template
@@ -18,7 +18,7 @@ __all__ = ["KINDS", "Trial", "make_trial", "seal_manifest", "sound_command"]
 
 KINDS = (
     *("config", "index", "safetensors", "bin", "meta", "lit", "gguf", "tokenizer", "ranks"),
-    *("template", "bundle", "options"),
+    *("template", "quantized", "bundle", "options"),
 )
 
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -58,6 +58,10 @@ _FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "template": (
         ("chat", ("chat_template.jinja",)),
         ("chat-config", ("tokenizer_config.json",)),
+    ),
+    "quantized": (
+        ("packed", ("config.json", "model.safetensors")),
+        ("gptq", ("config.json", "model.safetensors")),
     ),
 }
 # A checkpoint without them has everything; damaged they are refused, but they may be away.
@@ -139,6 +143,8 @@ def make_trial(kind: str, rng: Random, seeds: Seeds, copy: Callable[[str], Path]
         elsewhere.mkdir()
         required = name not in _OPTIONAL and seed not in ("lit",)
         damage = damage_file(rng, path, required=required, elsewhere=elsewhere)
+    elif kind == "quantized" and name == "config.json":
+        damage = damage_quantization(rng, path)
     else:
         damage = damage_content(rng, path)
     commands = ["chat"] if kind == "template" else ["generate"] * 90 + ["score"] * 9 + ["export"]

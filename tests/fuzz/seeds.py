@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from gguf_files import bpe_vocabulary, sentencepiece_vocabulary, write_gguf
-from safetensors.torch import save_file
+from rounded import Rounded
+from safetensors.torch import load_file, save_file
 from test_foreign_formats import CONFIG, PARAMS, write_lit, write_meta
 from test_tokenizer import SPECIALS, byte_fallback_library, byte_level_library, rank_lines
 from torch import Tensor
@@ -22,6 +23,7 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.stored import weight_shapes
 from llamac.model.config import LlamaConfig, RopeScaling
 from llamac.model.load import DEMO_FOLDER
+from llamac.model.quantization import parse_recipe, quantize_checkpoint
 from llamac.runtime.cli import main
 
 __all__ = ["COMMANDS", "PROMPT", "Seeds", "make_seeds", "read_options"]
@@ -74,8 +76,8 @@ def make_seeds(root: Path) -> None:
 
     Args:
         root: An empty folder, which then holds hf, shards, bin, bin-shards, meta1, meta2, lit,
-            one-file, one-bpe, chat, chat-config and bundle, options.json, and text.txt, which
-            score reads.
+            one-file, one-bpe, chat, chat-config, packed, gptq and bundle, options.json, and
+            text.txt, which score reads.
     """
     torch.manual_seed(0)
     base = replace(CONFIG, max_position_embeddings=64, bos_token_id=1, eos_token_ids=(2,))
@@ -134,6 +136,8 @@ def make_seeds(root: Path) -> None:
         root / "chat-config" / "tokenizer_config.json", {**_SENTENCEPIECE, "chat_template": named}
     )
     (root / "text.txt").write_text(PROMPT)
+    quantize_checkpoint(open_checkpoint(root / "hf"), root / "packed", parse_recipe("int4"))
+    _write_gptq(root / "gptq", root / "hf")
     export_bundle(open_checkpoint(root / "shards"), root / "bundle", prefill_len=8, max_seq_len=32)
     _write_json(root / "options.json", {name: read_options(name) for name in COMMANDS})
 
@@ -190,6 +194,23 @@ def _write_hf(
         size = sum(weight.nbytes for weight in weights.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(folder / f"{stem}{suffix}.index.json", index)
+
+
+def _write_gptq(folder: Path, source: Path) -> None:
+    """As GPTQ leaves it: zero points, and columns in an order of their own."""
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_bytes())
+    settings = {"bits": 4, "group_size": 32, "desc_act": True, "sym": False, "lm_head": False}
+    settings |= {"quant_method": "gptq", "checkpoint_format": "gptq", "dynamic": None}
+    _write_json(folder / "config.json", {**config, "quantization_config": settings})
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        order = torch.randperm(weight.shape[1]).numpy()
+        rounded = Rounded(weight, bits=4, group=32, sym=False, order=order)
+        for key, tensor in rounded.gptq(version=1).items():
+            tensors[f"{name.removesuffix('weight')}{key}"] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _weights(config: LlamaConfig) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ Source: the layout of AutoAWQ's WQLinear_GEMM.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...packed import PackedFormat
-from .bits import pack_columns, unpack_columns
+from .bits import pack_rows, unpack_columns
 from .modules import Modules
 from .signed import SCALE_DTYPES
 
@@ -42,7 +43,7 @@ def _read(modules: Modules, module: str, num_rows: int, width: int) -> None:
         module,
         "weight_packed",
         [values],
-        lambda stored: pack_columns(_columns(stored).t(), _BITS),
+        _packed,
         shape=(num_rows, width * _BITS // 8),
         dtype="uint8",
     )
@@ -69,6 +70,16 @@ def _read(modules: Modules, module: str, num_rows: int, width: int) -> None:
         minimum_dtype="float32",
     )
     modules.pack(module, form)
+
+
+def _packed(stored: Tensor) -> Tensor:
+    """[K, N / 8] int32 to [N, K / 2] uint8, a column of eight at a time."""
+    raw = stored.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    out = raw.new_empty(8 * stored.shape[1], len(stored) // 2)
+    for column, nibble in enumerate(_NIBBLES):
+        pair = raw[..., nibble // 2]
+        out[column::8] = pack_rows(pair >> 4 if nibble % 2 else pair & 15, _BITS)
+    return out
 
 
 def _columns(stored: Tensor) -> Tensor:

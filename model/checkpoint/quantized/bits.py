@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack_columns", "reorder_columns", "unpack_columns", "unpack_rows"]
+__all__ = ["pack_columns", "pack_rows", "reorder_columns", "unpack_columns", "unpack_rows"]
 
 
 def unpack_columns(stored: Tensor, bits: int) -> Tensor:
@@ -32,9 +32,13 @@ def unpack_rows(stored: Tensor, bits: int) -> Tensor:
         bits: 4 or 8.
 
     Returns:
-        [N, R * 32 / bits] uint8: the values' transpose.
+        [R * 32 / bits, N] uint8.
     """
-    return unpack_columns(stored.t(), bits)
+    raw = stored.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+    parts = [raw[..., i] for i in range(4)]
+    if bits == 4:
+        parts = [half for part in parts for half in (part & 15, part >> 4)]
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def pack_columns(values: Tensor, bits: int) -> Tensor:
@@ -64,3 +68,18 @@ def reorder_columns(packed: Tensor, bits: int, order: Tensor) -> Tensor:
         The packed weight of the same size.
     """
     return pack_columns(unpack_columns(packed, bits)[:, order.long()], bits)
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """Packs a weight's transpose as PackedFormat has the weight.
+
+    Args:
+        values: [K, N] uint8 below 2^bits, K even.
+        bits: 4 or 8.
+
+    Returns:
+        [N, K * bits / 8] uint8.
+    """
+    if bits == 4:
+        values = values[0::2] | values[1::2] << 4
+    return values.t().contiguous()

@@ -6,6 +6,7 @@ Source: compressed-tensors' documentation of its formats.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ....runtime.typed_json import shown
 from ...packed import PackedFormat
 from ..pieces import Piece
-from .bits import unpack_columns
+from .bits import reorder_columns, unpack_columns
 from .fp8 import add_scaled
 from .modules import Modules
 from .signed import SCALE_DTYPES, read_signed
@@ -113,7 +114,14 @@ def _read_packed(modules: Modules, module: str, num_rows: int, width: int) -> No
     if order is None:
         modules.keep(module, "weight_packed", raw)
     else:
-        modules.reorder(module, [raw], _same, bits=bits, size=(num_rows, width), order=order)
+        modules.compute(
+            module,
+            "weight_packed",
+            [raw],
+            partial(reorder_columns, bits=bits, order=order),
+            shape=raw.shape,
+            dtype="uint8",
+        )
     modules.keep(module, "weight_scale", scale)
     minimum = None
     if modules.find(module, "weight_zero_point") is not None:
@@ -151,7 +159,3 @@ def _read_zeros(modules: Modules, module: str, scale: Piece, *, bits: int, num_r
         shape=(num_rows, num_groups),
         dtype="float32",
     )
-
-
-def _same(stored: Tensor) -> Tensor:
-    return stored

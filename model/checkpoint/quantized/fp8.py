@@ -17,7 +17,7 @@ def read_fp8(modules: Modules) -> None:
     for part in ("weight_scale_inv", "weight_scale"):
         for module, num_rows, width in modules.with_tensor(part):
             add_scaled(modules, module, part, (num_rows, width), block)
-    modules.drop("activation_scale", "input_scale")
+    modules.drop("activation_scale", "input_scale", "k_scale", "v_scale", "kv_scale")
 
 
 def add_scaled(

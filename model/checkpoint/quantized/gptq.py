@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....runtime.typed_json import shown
 from ...packed import PackedFormat
-from .bits import pack_columns, unpack_columns, unpack_rows
+from .bits import pack_rows, unpack_columns, unpack_rows
 from .modules import Modules
 from .signed import SCALE_DTYPES
 
@@ -62,19 +62,26 @@ def _read(
     def points(stored: Tensor) -> Tensor:  # [N, K / g]
         return unpack_columns(stored + less, bits).t()
 
-    def unpacked(stored: Tensor, stored_zeros: Tensor) -> Tensor:
+    def packed(stored: Tensor, stored_zeros: Tensor) -> Tensor:
         if is_symmetric and bool((points(stored_zeros) != 2 ** (bits - 1)).any()):
             raise ValueError(
                 f"{zeros.file.path}: tensor {zeros.key} has a zero point other than "
                 f"{2 ** (bits - 1)}, although sym is true"
             )
-        return pack_columns(unpack_rows(stored, bits), bits)
+        if order is None:  # a word holds the same neighbours in both layouts
+            return stored.t().contiguous().view(torch.uint8)
+        return pack_rows(unpack_rows(stored, bits)[order.long()], bits)
 
     def minimum(stored_zeros: Tensor, scales: Tensor) -> Tensor:
         return -points(stored_zeros).float() * scales.t().float()
 
-    modules.reorder(
-        module, [values, zeros], unpacked, bits=bits, size=(num_rows, width), order=order
+    modules.compute(
+        module,
+        "weight_packed",
+        [values, zeros],
+        packed,
+        shape=(num_rows, width * bits // 8),
+        dtype="uint8",
     )
     modules.compute(module, "weight_scale", [scales], _transposed, shape=groups, dtype=scales.dtype)
     if not is_symmetric:

@@ -13,7 +13,6 @@ from ....runtime.typed_json import shown
 from ...config import DTYPES
 from ...packed import PackedFormat
 from ..pieces import Computed, Conversion, Part, Piece
-from .bits import reorder_columns
 
 __all__ = ["Modules"]
 
@@ -231,34 +230,6 @@ class Modules:
             shape=tuple(order.shape),
             dtype="int32",
         )
-
-    def reorder(
-        self,
-        module: str,
-        inputs: Sequence[Piece],
-        unpacked: Callable[..., Tensor],
-        *,
-        bits: int,
-        size: tuple[int, int],
-        order: Tensor | None,
-    ) -> None:
-        """Adds weight_packed, its columns sorted by group.
-
-        Args:
-            module: Its name.
-            inputs: The stored tensors.
-            unpacked: From them to the packed weight in the input's own order.
-            bits: 4 or 8.
-            size: N and K.
-            order: See order_of.
-        """
-
-        def compute(*stored: Tensor) -> Tensor:
-            packed = unpacked(*stored)
-            return packed if order is None else reorder_columns(packed, bits, order)
-
-        shape = (size[0], size[1] * bits // 8)
-        self.compute(module, "weight_packed", inputs, compute, shape=shape, dtype="uint8")
 
     def finish(self) -> tuple[list[Part], dict[str, PackedFormat]]:
         """Returns all parts, those that no reader took as they are, and how weights are packed."""
