@@ -69,10 +69,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if name in FLAGS and FLAGS[name] not in instruction_set():
         pytest.skip(f"the processor has no {FLAGS[name]}")
     if FORMS[name] is not None:
-        library = load_library(packed_product._SOURCES, *FORMS[name])
+        library = packed_product.cpp_library(*FORMS[name])
         assert library is not None
-        packed_product.declare(library)
-    monkeypatch.setattr(packed_product, "_cpp_library", lambda: library)
+    monkeypatch.setattr(packed_product, "cpp_library", lambda: library)
     return name
 
 

@@ -5,7 +5,7 @@ Triton comes with the CUDA builds of torch alone, so this module is imported whe
 
 # Triton's own types don't know how a kernel is called.
 # pyright: reportIndexIssue=false, reportMissingImports=false, reportCallIssue=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..linear import STORAGE_DTYPES
 from .cpp_library import load_library
 
-__all__ = ["dequantize", "multiply_packed"]
+__all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
 _SOURCES = tuple(
     Path(__file__).with_name(name)
@@ -35,6 +35,8 @@ _GROUPS = (16, 32, 64, 128)
 _FEW_ROWS = 16  # what the C++ library takes, and is faster at than BLAS
 _BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
 _GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
+
+_Weight = tuple[Tensor, Tensor, Tensor | None]  # packed, scale, minimum
 
 _library = torch.library.Library("llamac", "FRAGMENT")
 # Not a custom_op, whose first call imports Dynamo.
@@ -88,14 +90,34 @@ def dequantize(
     return groups.view(-1, width).to(dtype)
 
 
-def _multiply_on_cpu(
-    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
-) -> list[Tensor]:
-    weights = [*_weights(packed, scales, minima)]
-    library = _cpp_library()
-    if library is None or not 0 < len(x) <= _FEW_ROWS:
-        return [_multiply_dequantized(x, *weight) for weight in weights]
-    outs = [x.new_empty(len(x), len(weight)) for weight in packed]
+@functools.cache
+def cpp_library(*options: str) -> ctypes.CDLL | None:
+    """What is compiled of the C++ beside this file; None where it can't be.
+
+    Args:
+        options: Of the compiler, for the processor; none is what this processor has.
+    """
+    library = load_library(_SOURCES, *options)
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.multiply_packed.argtypes = pointer, number, number, number, pointer, number, number
+        library.unpack.argtypes = pointer, number, number, number
+        library.unpack.restype = None
+    return library
+
+
+def multiply_in_cpp(library: ctypes.CDLL, x: Tensor, weights: Sequence[_Weight]) -> list[Tensor]:
+    """Multiplies at most 16 rows with each weight, on a CPU.
+
+    Args:
+        library: What cpp_library returns.
+        x: [M, K].
+        weights: Of each its packed numbers, scale, and minimum or None.
+
+    Returns:
+        For each weight [M, N] in x's dtype.
+    """
+    outs = [x.new_empty(len(x), len(packed)) for packed, *_ in weights]
     done = library.multiply_packed(
         x.contiguous().data_ptr(),
         _TYPES[x.dtype],
@@ -107,6 +129,16 @@ def _multiply_on_cpu(
     if not done:
         raise MemoryError("no memory for a product's scratch")
     return outs
+
+
+def _multiply_on_cpu(
+    x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
+) -> list[Tensor]:
+    weights = [*_weights(packed, scales, minima)]
+    library = cpp_library()
+    if library is None or not 0 < len(x) <= _FEW_ROWS:
+        return [_multiply_dequantized(x, *weight) for weight in weights]
+    return multiply_in_cpp(library, x, weights)
 
 
 def _multiply_on_gpu(
@@ -141,7 +173,7 @@ def _multiply_dequantized(
 
 def _unpack(packed: Tensor, scale: Tensor, minimum: Tensor | None, buffer: Tensor) -> Tensor:
     """Dequantizes, in C++ and into the buffer where that can be."""
-    width, library = buffer.shape[1], _cpp_library()
+    width, library = buffer.shape[1], cpp_library()
     if buffer.device.type != "cpu" or library is None:
         return dequantize(packed, scale, minimum, buffer.dtype, width=width)
     table = _table(width, (packed, scale, minimum, buffer))
@@ -149,9 +181,7 @@ def _unpack(packed: Tensor, scale: Tensor, minimum: Tensor | None, buffer: Tenso
     return buffer
 
 
-def _table(
-    width: int, *weights: tuple[Tensor, Tensor, Tensor | None, Tensor]
-) -> ctypes.Array[ctypes.c_int64]:
+def _table(width: int, *weights: tuple[*_Weight, Tensor]) -> ctypes.Array[ctypes.c_int64]:
     """The C++ library's Weight of each, which is int64 alone."""
     fields: list[int] = []
     for packed, scale, minimum, out in weights:
@@ -167,25 +197,7 @@ def _table(
     return (ctypes.c_int64 * len(fields))(*fields)
 
 
-@functools.cache
-def _cpp_library() -> ctypes.CDLL | None:
-    """What is compiled of the C++ beside this file; None where it can't be."""
-    library = load_library(_SOURCES)
-    return library and declare(library)
-
-
-def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes how the library's functions are called."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.multiply_packed.argtypes = pointer, number, number, number, pointer, number, number
-    library.unpack.argtypes = pointer, number, number, number
-    library.unpack.restype = None
-    return library
-
-
-def _weights(
-    packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _weights(packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]) -> Iterator[_Weight]:
     given = [m if m.numel() else None for m in minima] or [None] * len(packed)
     return zip(packed, scales, given, strict=True)
 
