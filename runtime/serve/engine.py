@@ -18,7 +18,7 @@ from ..backend import BackendUnavailableError
 from ..load import open_source
 from ..request import Event
 from ..scheduler import Scheduler
-from .messages import Batch, Cancel, EngineEvent, EngineSetup, Failed, Ready, Submit
+from .messages import Batch, Cancel, EngineEvent, EngineSetup, Failed, Ready, Submit, Told
 
 __all__ = ["main"]
 
@@ -51,6 +51,8 @@ def _run(connection: Connection) -> None:
             default_batch=setup.default_batch,
             generation_config=setup.generation_config,
             keep_prefixes=True,
+            announce=lambda text: connection.send(Told(text)),
+            progress=lambda text: connection.send(Told(text)),
         )
     except _LOAD_ERRORS as error:
         connection.send(Failed(problem=str(error) or type(error).__name__))

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 from ..request import Request
-from .messages import Batch, Cancel, EngineEvent, EngineSetup, Failed, Ready, Submit
+from .messages import Batch, Cancel, EngineEvent, EngineSetup, Failed, Ready, Submit, Told
 
 __all__ = ["DIED", "EngineClient", "EngineState"]
 
@@ -154,7 +154,7 @@ class EngineClient:
         except (EOFError, OSError):
             self._die()
 
-    def _take(self, message: Batch | Ready | Failed) -> None:
+    def _take(self, message: Batch | Told | Ready | Failed) -> None:
         if isinstance(message, Batch):
             self.num_running, self.num_waiting = message.num_running, message.num_waiting
             for event in message.events:
@@ -162,6 +162,9 @@ class EngineClient:
                 sink = self._sinks.pop(event.key, None) if over else self._sinks.get(event.key)
                 if sink is not None:  # else it was cancelled
                     sink(event)
+            return
+        if isinstance(message, Told):
+            logger.info("engine %s: %s", self.process_id, message.text)
             return
         if isinstance(message, Ready):
             self.ready, self.state = message, "ready"

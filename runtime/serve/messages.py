@@ -11,7 +11,7 @@ from ..language_model import RequestOptions
 from ..load import LoadOptions
 from ..request import Completion, FinishReason, Request, TopLogprobs
 
-__all__ = ["Batch", "Cancel", "EngineEvent", "EngineSetup", "Failed", "Ready", "Submit"]
+__all__ = ["Batch", "Cancel", "EngineEvent", "EngineSetup", "Failed", "Ready", "Submit", "Told"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,12 @@ class Failed:
     """An engine can't load its model; the process ends."""
 
     problem: str
+
+
+class Told(NamedTuple):
+    """What an engine that loads is doing, in a few words."""
+
+    text: str
 
 
 class Submit(NamedTuple):

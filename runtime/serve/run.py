@@ -46,6 +46,7 @@ def run_server(
         OSError: The address can't be taken.
         ValueError: The model can't be loaded.
     """
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left
     app = create_app(config)
     listener = socket.create_server((host, port), backlog=1024)
     server = _Drained(
