@@ -30,8 +30,17 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# What the quantizing library can't make; any bits but the scales' are valid.
-_RANDOM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+# What the quantizing library can't make: any bits but these two numbers' are valid. The first makes
+# random bits weights of standard deviation 1, the second times the first puts them around 0.
+_RANDOM = {
+    "Q2_K": (0.072, 1.5),
+    "Q3_K": (0.023, 0.0),
+    "Q4_K": (0.0038, 7.5),
+    "Q5_K": (0.0019, 15.5),
+    "Q6_K": (0.00075, 0.0),
+    "IQ4_NL": (0.0149, 0.0),
+    "IQ4_XS": (0.0008, 0.0),
+}
 
 
 def write_gguf(
@@ -84,14 +93,16 @@ def write_gguf(
 
 
 def raw_blocks(weight: np.ndarray, kind: str) -> np.ndarray:
-    """Rows of a type of block; of those the library can't make, random ones of that size."""
+    """Rows of a type of block; of those the library can't make, random ones, as wide."""
     if kind not in _RANDOM:
         return gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
     rng = np.random.default_rng(weight.shape[0])
     num_weights, num_bytes = BLOCKS[kind]
     shape = (weight.shape[0], weight.shape[1] // num_weights)
     raw = rng.integers(0, 256, (*shape, num_bytes), dtype=np.uint8)
-    set_halves(raw, kind, rng.uniform(0.0005, 0.002, (*shape, 2)))
+    spread, middle = _RANDOM[kind]
+    halves = spread * weight.std() * rng.uniform(0.7, 1.3, (*shape, 1))
+    set_halves(raw, kind, np.concatenate((halves, middle * halves), -1))
     return raw.reshape(weight.shape[0], -1)
 
 

@@ -14,11 +14,12 @@ from gguf_files import bpe_vocabulary, sentencepiece_vocabulary, write_gguf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_foreign_formats import CONFIG, assemble
-from test_gguf import random_weights
+from test_gguf import WIDE, random_weights
 from test_tokenizer import SPECIALS, byte_level_library
 
 import smollm2
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.gguf_blocks import BLOCK_FORMATS
 from llamac.model.checkpoint.gguf_tokenizer import _SPLITS, _pre_tokenizer
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.load import open_source
@@ -296,6 +297,25 @@ def test_commands_take_the_file(demo: Path, run, tmp_path: Path):
     assert code == 0, err
     assert json.loads((bundle / "bundle.json").read_text())["source"] == {"name": "demo.gguf"}
     assert json.loads(run("run", bundle, *words)[1])["text"] == sound["text"]
+
+
+@pytest.mark.slow
+def test_packed_blocks_are_exported(tmp_path: Path, run):
+    """The graphs' results are those of the eager model on the same packed weights."""
+    config = replace(WIDE, vocab_size=2048)
+    weights = {name: w / 6 if w.ndim > 1 else w for name, w in random_weights(config).items()}
+    path, bundle = tmp_path / "wide.gguf", tmp_path / "bundle"
+    write_gguf(
+        path,
+        config,
+        weights,
+        kinds=BLOCK_FORMATS,
+        vocabulary=sentencepiece_vocabulary(DEMO_FOLDER / "tokenizer.model"),
+    )
+    code, _, err = run("export", path, bundle, "--max-seq-len", "64", "--prefill-len", "16")
+    assert code == 0, err
+    code, out, err = run("verify", bundle, "--against", path, "--provider", "cpu")
+    assert code == 0, out + err
 
 
 @pytest.mark.slow

@@ -204,17 +204,28 @@ def _format(
     *,
     group_size: int = 32,
     scale_dtype: str = "float32",
+    stretch: int = 1,
 ) -> BlockFormat:
+    """How a type is packed.
+
+    Values of fewer bits are stretched, and their scales shrunk, by a power of two, which is exact:
+    a kernel that quantizes activations subtracts 2^(bits-1), and values far from that on one side
+    would multiply its error.
+    """
+
     def of_rows(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda rows: compute(rows.unflatten(1, (-1, BLOCKS[kind][1])))
 
     def pack(blocks: Tensor) -> Tensor:
-        unsigned = values(blocks).flatten(1)
+        unsigned = values(blocks).flatten(1) * stretch
         return unsigned if bits == 8 else unsigned[:, 0::2] | unsigned[:, 1::2] << 4
 
-    parts = {"weight_packed": of_rows(pack), "weight_scale": of_rows(scale)}
+    def shrink(blocks: Tensor) -> Tensor:
+        return scale(blocks).to(getattr(torch, scale_dtype)) / stretch
+
+    parts = {"weight_packed": of_rows(pack), "weight_scale": of_rows(shrink)}
     if minimum is not None:
-        parts["weight_minimum"] = of_rows(minimum)
+        parts["weight_minimum"] = of_rows(lambda b: minimum(b).to(getattr(torch, scale_dtype)))
     packed = PackedFormat(
         bits=bits,
         group_size=group_size,
@@ -238,11 +249,11 @@ BLOCK_FORMATS = MappingProxyType(
         "Q4_0": _format("Q4_0", 4, _q4_0, _first_half, scale_dtype="float16"),
         "Q4_1": _format("Q4_1", 4, _q4_1, _first_half, _second_half, scale_dtype="float16"),
         "Q5_0": _format("Q5_0", 8, _q5_0, _first_half, scale_dtype="float16"),
-        "Q5_1": _format("Q5_1", 8, _q5_1, _first_half, _second_half, scale_dtype="float16"),
+        "Q5_1": _format("Q5_1", 8, _q5_1, _first_half, _second_half, stretch=8),
         "Q4_K": _format("Q4_K", 4, _q4_k, _k_scale, _k_minimum),
-        "Q5_K": _format("Q5_K", 8, _q5_k, _k_scale, _k_minimum),
+        "Q5_K": _format("Q5_K", 8, _q5_k, _k_scale, _k_minimum, stretch=8),
         "Q6_K": _format("Q6_K", 8, _q6_k, _q6_k_scale, group_size=16),
-        "Q2_K": _format("Q2_K", 4, _q2_k, _q2_k_scale, _q2_k_minimum, group_size=16),
+        "Q2_K": _format("Q2_K", 4, _q2_k, _q2_k_scale, _q2_k_minimum, group_size=16, stretch=4),
         "Q3_K": _format("Q3_K", 4, _q3_k, _q3_k_scale, group_size=16),
         "IQ4_NL": _format("IQ4_NL", 8, _iq4_nl, _first_half, scale_dtype="float16"),
         "IQ4_XS": _format("IQ4_XS", 8, _iq4_xs, _iq4_xs_scale),
