@@ -68,8 +68,9 @@ def quantize_checkpoint(
 ) -> tuple[QuantizedKind, ...]:
     """Writes a Hugging Face folder of packed weights, with all that is beside them.
 
-    It is compressed-tensors' pack-quantized, which transformers and vLLM read. A tied head becomes
-    a packed one of its own beside the embedding, which has no packed form that others read.
+    It is compressed-tensors' pack-quantized, which transformers reads, and vLLM where q, k and v,
+    which it fuses, have the same bits. A tied head becomes a packed one of its own beside the
+    embedding, which has no packed form that others read.
 
     Args:
         checkpoint: Of any format; packed weights are unpacked first.
