@@ -26,7 +26,7 @@ from llamac.model.checkpoint.gguf_blocks import BLOCK_FORMATS
 from llamac.model.checkpoint.gguf_file import _TYPES, BLOCKS, read_gguf
 from llamac.model.checkpoint.stored import weight_shapes
 from llamac.model.config import LlamaConfig, RopeScaling
-from llamac.model.load import DEMO_FOLDER
+from llamac.model.load import DEMO_FOLDER, load_backend
 from llamac.model.tables import rope_tables
 
 QUANTIZED = sorted(BLOCK_FORMATS)
@@ -497,6 +497,19 @@ def test_a_hugging_face_folder_with_a_gguf_file(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert open_checkpoint(tmp_path).folder == tmp_path
     assert "its .gguf is not read" in caplog.text
+
+
+@pytest.mark.slow
+def test_compiled_without_a_warning(tmp_path: Path):
+    """Inductor warned of float16 scales beside bfloat16 three times."""
+    path = tmp_path / "small.gguf"
+    write_gguf(path, CONFIG, random_weights(CONFIG), kinds=["Q8_0"])
+    sizes = {"max_seq_len": 32, "prefill_len": 8}
+    logits = [
+        load_backend(path, compile=compiled, **sizes).backend.prefill(0, [1, 2, 3], 0)
+        for compiled in (True, False)
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=0.25)  # of bfloat16 values up to 25
 
 
 @pytest.mark.slow

@@ -78,6 +78,8 @@ def compiler(device: torch.device) -> Iterator[Path]:
             with warnings.catch_warnings():
                 # float32 was asked for; that TF32 would be faster is no news.
                 warnings.filterwarnings("ignore", "TensorFloat32")
+                # Packed weights' scales are float16 in many files, whatever is computed in.
+                warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
                 yield folder
         finally:
             os.environ[_FOLDER_VARIABLE] = before
