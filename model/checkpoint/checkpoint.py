@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: Nothing is there, or a part of it is missing; says what was looked for.
         ValueError: A file is damaged or holds objects other than tensors, the config isn't a
-            LLaMA's, or a tensor is missing, extra, misshaped or quantized.
+            LLaMA's, or a tensor is missing, extra, misshaped or stored in a way that isn't read.
     """
     if len(str(source)) >= _LONGEST_NAME:
         raise FileNotFoundError(f"{shown(str(source))}: no such file or folder")
