@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from torch import Tensor
 
 from llamac.model.kernels import packed_product
@@ -23,6 +22,10 @@ from packed_weight import PackedWeight
 
 GROUPS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Of the largest result. float32: a sum of terms that are larger than it; 16 bits: x and the result
+# are as exact as they can be, of many rows the weight is rounded, too.
+ALLOWED_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
 # [N, K]; groups that don't divide K are that of the whole row.
 SHAPES = ((5, 24), (7, 40), (131, 352), (67, 576), (33, 2048))
@@ -45,9 +48,9 @@ def random_x(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> T
 def assert_close_to_exact(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     assert out.dtype == x.dtype
     assert out.is_contiguous()
-    atol, rtol = TOLERANCE[str(x.dtype).removeprefix("torch.")]
     exact = x.double() @ weight.exact.t()
-    torch.testing.assert_close(out.double(), exact, atol=atol, rtol=rtol)
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error < ALLOWED_ERROR[x.dtype]
 
 
 # What the C++ is compiled for: this processor, and what it also can; none is the way without it.

@@ -70,16 +70,16 @@ void fill_group_sums(const Weight& weight, const X& x, float* sums) {
 #pragma omp for nowait
   for (int64_t place = 0; place < x.num_rows * padded; place++) {
     const int64_t row = place / padded, group = place % padded;
-    float total = 0;
+    Floats total = zeros();
     if (group < num_groups(weight, x)) {
       const int64_t begin = row * x.width + group * weight.group;
-      for (int64_t i = 0; i < weight.group; i += LINE) {
-        float columns[LINE] = {};
-        to_floats(x.values, x.type, begin + i, std::min(LINE, weight.group - i), columns);
-        for (float column : columns) total += column;
+      for (int64_t i = 0; i < weight.group; i += LANES) {
+        float columns[LANES] = {};
+        to_floats(x.values, x.type, begin + i, std::min(LANES, weight.group - i), columns);
+        total = add(total, load(columns));
       }
     }
-    sums[place] = weight.minimum ? total : total * -float(1 << (weight.bits - 1));
+    sums[place] = sum(total) * (weight.minimum ? 1 : -float(1 << (weight.bits - 1)));
   }
 }
 

@@ -196,8 +196,9 @@ struct BrainForm {
   }
   static void arrange(const float* columns, float* x) {
     uint16_t* halves = reinterpret_cast<uint16_t*>(x);
-    for (int field = 0; field < 4; field++)
-      for (int lane = 0; lane < 2 * LANES; lane++)
+    for (int lane = 0; lane < 2 * LANES; lane++)
+#pragma GCC unroll 4
+      for (int field = 0; field < 4; field++)
         halves[field * 2 * LANES + lane] = uint16_t(to_bits(columns[lane * 4 + field]) >> 16);
   }
 };
