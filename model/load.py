@@ -137,7 +137,8 @@ def static_shape(
         config: Supplies max_position_embeddings, vocab_size and how RoPE is stretched.
         batch_size: B.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
-        prefill_len: P, or several, ascending; None is 16, for short prompts, and 128, at most S.
+        prefill_len: P, or several, ascending; None is 16, for short prompts, and 128, at most S,
+            and with several slots 1, for a slot that decodes alone.
 
     Returns:
         The backend's sizes.
@@ -149,7 +150,8 @@ def static_shape(
     rows = min(trained, 2048) if max_seq_len is None else max_seq_len
     check_rope_rows(config, rows)
     if prefill_len is None:
-        prefill_len = tuple(sorted({min(16, rows), min(128, rows)}))
+        lens = {min(16, rows), min(128, rows)} | ({1} if batch_size > 1 else set())
+        prefill_len = tuple(sorted(lens))
     return StaticShape(
         batch_size=batch_size,
         max_seq_len=rows,

@@ -8,6 +8,10 @@ from .backend import StaticShape
 
 __all__ = ["check_prompt", "next_chunk"]
 
+# Of a chunk, in tokens: reading the weights takes as long as computing some 9 of them on a CPU and
+# 200 on a GPU.
+_FIXED_COST = 32
+
 
 def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
     """Refuses a prompt that a backend of this shape can't take.
@@ -37,7 +41,7 @@ def check_prompt(prompt_ids: Sequence[int], shape: StaticShape) -> None:
 def next_chunk(
     prompt_len: int, num_prefilled: int, shape: StaticShape, *, longest: int | None = None
 ) -> tuple[int, int]:
-    """Cuts the next chunk of a prompt: the longest of which what is left fills at least half.
+    """Cuts the next chunk of a prompt, of the length that takes the least time for what is left.
 
     With S = 10, P = 4 and a prompt of 9 the chunks are [0, 4), [4, 8) and [6, 9): a third one from
     8 would have its padding run to row 12, so it begins at S - P and two ids are fed again.
@@ -53,7 +57,7 @@ def next_chunk(
     """
     remaining = prompt_len - num_prefilled
     longest = shape.prefill_len if longest is None else longest
-    fitting = [n for n in shape.prefill_lens if n <= min(2 * remaining, longest)]
-    chunk_len = max(fitting, default=shape.prefill_lens[0])
+    lens = [n for n in shape.prefill_lens if n <= longest] or shape.prefill_lens[:1]
+    chunk_len = min(reversed(lens), key=lambda n: -(-remaining // n) * (_FIXED_COST + n))
     start = min(num_prefilled, shape.max_seq_len - chunk_len)
     return start, min(start + chunk_len, prompt_len)

@@ -62,6 +62,7 @@ class LanguageModel:
         startup: Seconds and facts of loading and compiling, keys ending in their unit.
         defaults: Options of requests that name none, such as a checkpoint's own temperature.
         keep_prefixes: See Scheduler; on for chats, whose turns begin alike.
+        adaptive: See Scheduler; on for servers.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LanguageModel:
         startup: Mapping[str, Any] | None = None,
         defaults: RequestOptions | None = None,
         keep_prefixes: bool = False,
+        adaptive: bool = False,
     ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
@@ -85,6 +87,7 @@ class LanguageModel:
             backend,
             tokenizer,
             keep_prefixes=keep_prefixes,
+            adaptive=adaptive,
             constraints=GrammarCompiler(tokenizer),
         )
         self.folder = folder

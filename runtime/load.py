@@ -218,6 +218,7 @@ class Source:
         all_logits: bool = False,
         generation_config: bool = True,
         keep_prefixes: bool = False,
+        adaptive: bool = False,
         template: ChatTemplate | None = None,
         announce: Callable[[str], None] = logger.info,
         progress: Callable[[str], None] = lambda _: None,
@@ -230,6 +231,7 @@ class Source:
             all_logits: Whether a checkpoint's backend can `score`.
             generation_config: As for the function.
             keep_prefixes: As for the function.
+            adaptive: See Scheduler.
             template: Used instead of the source's own.
             announce: As for the function.
             progress: As for the function.
@@ -257,6 +259,7 @@ class Source:
             startup=startup,
             defaults=defaults,
             keep_prefixes=keep_prefixes,
+            adaptive=adaptive,
         )
 
     def _open_bundle(self, progress: Callable[[str], None]) -> tuple[Any, str, dict[str, Any]]:

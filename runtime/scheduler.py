@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import RLock
 
 import numpy as np
@@ -31,9 +31,9 @@ class Scheduler:
     """Gives requests a cache slot each, first come first served, and moves them on by steps.
 
     A request's tokens depend on its prompt, its seed and its logits alone, never on its slot, its
-    neighbours or the order of steps. Any thread may submit, cancel and step. After a step that was
-    interrupted in the backend (Ctrl-C, an error) requests can be cancelled, or the next step
-    repeats it.
+    neighbours or the order of steps; its logits, unless `adaptive`, on no neighbour either. Any
+    thread may submit, cancel and step. After a step that was interrupted in the backend (Ctrl-C, an
+    error) requests can be cancelled, or the next step repeats it.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Scheduler:
         *,
         eos_ids: tuple[int, ...] | None = None,
         keep_prefixes: bool = False,
+        adaptive: bool = False,
         max_queue: int | None = None,
         max_queued_tokens: int | None = None,
         constraints: Callable[[Grammar], Constraint] | None = None,
@@ -55,6 +56,9 @@ class Scheduler:
             eos_ids: Ids that end requests which name none. Default: the tokenizer's.
             keep_prefixes: Whether a prompt that begins like what a free slot still holds starts
                 there. The rows then come from other chunks, and logits may differ by a rounding.
+            adaptive: Whether chunks and steps are chosen by what else runs: a slot that decodes
+                alone doesn't pay for all, and long chunks wait while others decode. Logits may
+                then differ by a rounding, too.
             max_queue: How many requests may wait for a slot; None is no limit.
             max_queued_tokens: How many ids their prompts may have, all together.
             constraints: Makes what holds a completion to its request's grammar.
@@ -67,7 +71,7 @@ class Scheduler:
             self._allowed_size = min(tokenizer.vocab_size, shape.vocab_size)
             eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
         self._eos_ids = eos_ids or ()
-        self._keep_prefixes = keep_prefixes
+        self._keep_prefixes, self._adaptive = keep_prefixes, adaptive
         self._max_queue, self._max_queued_tokens = max_queue, max_queued_tokens
         self._constraints = constraints
         self._slots = [Slot() for _ in range(shape.batch_size)]
@@ -168,7 +172,7 @@ class Scheduler:
                     self._prefill(min(prompting, key=_turn), longest=self._longest(bool(decoding)))
                     self._decode_next = True
                 elif decoding:
-                    self._decode()
+                    self._decode(decoding)
                     self._decode_next = False
             events = list(self._events)
             self._events.clear()
@@ -229,7 +233,7 @@ class Scheduler:
     def _longest(self, decoding: bool) -> int:
         """The longest chunk that nobody waits for too long."""
         lens = self._backend.shape.prefill_lens
-        if not decoding:
+        if not decoding or not self._adaptive:
             return lens[-1]
         short = [n for n in lens if self._chunk_s.get(n, 0.0) <= _MAX_STALL_S]
         return max(short, default=lens[0])
@@ -296,7 +300,25 @@ class Scheduler:
         live.num_prefilled = end
         self._forget_finished()
 
-    def _decode(self) -> None:
+    def _decode(self, decoding: Sequence[Slot]) -> None:
+        for slot, row in self._logits(decoding):
+            assert slot.live is not None
+            if slot.live.scored:
+                slot.live.take_scored(row)
+            else:
+                slot.live.take(row)
+        self._forget_finished()
+
+    def _logits(self, decoding: Sequence[Slot]) -> Iterator[tuple[Slot, NDArray[np.float32]]]:
+        """Feeds each of these slots its next id."""
+        shape, first = self._backend.shape, decoding[0]
+        is_alone = self._adaptive and len(decoding) == 1 and shape.prefill_lens[0] == 1
+        assert first.live is not None
+        # What is scored goes through the same step always, as `llamac score` on a bundle does.
+        if is_alone and first.next_position < shape.max_seq_len and not first.live.scored:
+            index = self._slots.index(first)
+            yield first, self._backend.prefill(index, [first.live.next_id], first.next_position)
+            return
         # A row that isn't decoding is fed id 0 where its own next token will go, which then
         # replaces it. That row exists: a prompt that has filled all S is decoding, or over, since
         # its last chunk, and what a free slot keeps leaves one.
@@ -306,12 +328,8 @@ class Scheduler:
             positions[index] = slot.next_position
             ids[index] = slot.live.next_id if slot.live else 0
         logits = self._backend.decode(ids, positions)
-        for slot, row in zip(self._slots, logits, strict=True):
-            if slot.live and slot.live.scored:
-                slot.live.take_scored(row)
-            elif slot.live and slot.live.decoding:
-                slot.live.take(row)
-        self._forget_finished()
+        for slot in decoding:
+            yield slot, logits[self._slots.index(slot)]
 
     def _forget_finished(self) -> None:
         for slot in self._slots:

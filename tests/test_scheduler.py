@@ -217,6 +217,7 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
         None,
         eos_ids=(EOS_ID,),
         keep_prefixes=data.draw(st.booleans()),
+        adaptive=data.draw(st.booleans()),
     )
     asked, events = {}, []
     for seed in range(data.draw(st.integers(1, 6), "requests")):
@@ -280,20 +281,49 @@ def test_the_documented_chunks():
 
 
 @pytest.mark.parametrize(
-    ("length", "chunks"),
+    ("prompt_len", "chunks"),
     [
         (1, [(0, 1)]),
-        (3, [(0, 2), (2, 1)]),  # half of 8 would be padding
-        (4, [(0, 4)]),
-        (10, [(0, 8), (8, 2)]),
-        (11, [(0, 8), (8, 2), (10, 1)]),
-        (12, [(0, 8), (8, 4)]),
+        (2, [(0, 2)]),  # of 16: twice one costs more
+        (17, [(0, 16), (16, 17)]),
+        (48, [(0, 16), (16, 32), (32, 48)]),
+        (49, [(0, 49)]),  # of 128
+        (128, [(0, 128)]),
+        (129, [(0, 128), (128, 129)]),
+        (145, [(0, 128), (128, 144), (144, 145)]),
     ],
 )
-def test_a_long_chunk_is_taken_where_at_least_half_of_it_is_filled(length, chunks):
-    backend = HashBackend(batch=1, prefill_lens=(2, 8))
-    generate(backend, None, [request(length, max_new_tokens=1)])
-    assert [(call[3], len(call[2])) for call in backend.calls] == chunks
+def test_chunks_are_of_the_quickest_length(prompt_len, chunks):
+    shape = StaticShape(
+        batch_size=2,
+        max_seq_len=512,
+        prefill_lens=(1, 16, 128),
+        num_positions=512,
+        vocab_size=1,
+    )
+    done, cut = 0, []
+    while done < prompt_len:
+        cut.append(next_chunk(prompt_len, done, shape))
+        done = cut[-1][1]
+    assert cut == chunks
+    assert next_chunk(300, 0, shape, longest=20) == (0, 16)
+    assert next_chunk(300, 0, shape, longest=0) == (0, 1)
+
+
+def test_a_slot_that_decodes_alone_takes_one_row_where_it_may():
+    asked = [request(5, 1, max_new_tokens=9, limit_policy="roll"), request(20, 2)]
+    for adaptive in (False, True):
+        backend = HashBackend(batch=2, prefill_lens=(1, 4))
+        scheduler = Scheduler(backend, None, adaptive=adaptive)
+        got = [run_requests(scheduler, [one])[0] for one in asked]
+        assert [one.ids for one in got] == [expected(asked[0])[0], expected(asked[1])[0]]
+        assert any(call[0] == "decode" for call in backend.calls) is not adaptive
+        together = run_requests(scheduler, asked)
+        assert [one.ids for one in together] == [one.ids for one in got]
+        assert any(call[0] == "decode" for call in backend.calls)
+    rolled = request(20, 3, max_new_tokens=15, limit_policy="roll")
+    (done,) = run_requests(scheduler, [rolled])
+    assert done.ids == expected(rolled, end=40)[0]
 
 
 def test_while_others_decode_a_prompt_takes_the_longest_chunk_that_is_quick():
@@ -303,7 +333,7 @@ def test_while_others_decode_a_prompt_takes_the_longest_chunk_that_is_quick():
             return super().prefill(slot, ids, start)
 
     backend = Slow(batch=2, prefill_lens=(4, 8))
-    scheduler = Scheduler(backend, None)
+    scheduler = Scheduler(backend, None, adaptive=True)
     scheduler.submit(request(8, 1, max_new_tokens=12))  # its chunk of 8 is measured
     scheduler.step()
     scheduler.submit(request(8, 2))
@@ -799,9 +829,10 @@ def test_what_waits_is_bounded():
 @given(data=st.data())
 def test_prompts_with_shared_beginnings_and_cancels_give_what_each_gives_alone(data):
     scheduler = Scheduler(
-        HashBackend(batch=data.draw(st.integers(1, 3), "B"), prefill_lens=(2, 6)),
+        HashBackend(batch=data.draw(st.integers(1, 3), "B"), prefill_lens=(1, 6)),
         None,
         keep_prefixes=True,
+        adaptive=True,
     )
     asked, done = {}, {}
     conversations = [prompt(4, seed) for seed in range(2)]

@@ -245,9 +245,39 @@ def test_a_stream_tells_what_an_answer_tells(served: Served, path: str, options:
         assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
         assert own[-1]["finish_reason"]
         told = [c["logprobs"] for c in own if c["logprobs"]]
-        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content"):
-            if name in choice["logprobs"]:
-                assert [x for part in told for x in part[name]] == choice["logprobs"][name]
+        assert [x for part in told for x in flat(part)] == rounded(flat(choice["logprobs"]))
+
+
+def flat(logprobs: dict[str, Any]) -> list[Any]:
+    """Token by token: its name, its log-probability, its alternatives."""
+    if "content" in logprobs:
+        return [(x["token"], x["logprob"], len(x["top_logprobs"])) for x in logprobs["content"]]
+    names = ("tokens", "token_logprobs", "text_offset")
+    tops = [list(top) for top in logprobs["top_logprobs"]]
+    return [*zip(*(logprobs[name] for name in names), tops, strict=True)]
+
+
+def rounded(rows: list[Any]) -> list[Any]:
+    """What runs beside a request may change a logit by a rounding."""
+    return [(name, pytest.approx(value, abs=1e-5), *rest) for name, value, *rest in rows]
+
+
+def test_it_is_right_to_a_rounding_beside_others_and_exact_if_asked(
+    served: Served, bundle: Path, model: LanguageModel
+):
+    body = {"prompt": PROMPT, "max_tokens": 24, "seed": 7, "logprobs": 0}
+    (done,) = model.generate(PROMPT, max_new_tokens=24, seed=7, logprobs=0)
+
+    def logprobs(server: Served, n: int) -> list[float]:
+        choice = server.ask("/v1/completions", {**body, "n": n})[1]["choices"][0]
+        assert choice["text"] == done.text
+        return choice["logprobs"]["token_logprobs"]
+
+    for n in (1, 3):
+        assert logprobs(served, n) == pytest.approx(done.logprobs, abs=1e-5)
+    with serving(bundle, "--exact") as exact:
+        for n in (1, 3, 1):
+            assert logprobs(exact, n) == done.logprobs
 
 
 def test_samples_and_lists_of_prompts(served: Served, model: LanguageModel):
@@ -294,7 +324,9 @@ def test_an_echoed_prompt_has_the_logprobs_of_score(
         assert choice["text"][offset - 1 :].startswith(token)  # the format's own space is gone
     *events, last = served.stream("/v1/completions", body)
     assert last == "[DONE]"
-    assert events[0]["choices"][0] == {**choice, "finish_reason": None}
+    first = events[0]["choices"][0]
+    assert (first["text"], first["finish_reason"]) == (choice["text"], None)
+    assert first["logprobs"]["tokens"] == told["tokens"]
 
 
 def test_turns_of_a_chat_reuse_rows(served: Served):

@@ -166,6 +166,7 @@ def test_a_stream_that_nobody_reads_is_ended(bundle: Path):
         source=str(bundle),
         options={"threads": 1},
         generation_config=False,
+        exact=False,
         default_batch=1,
         environment={},
     )

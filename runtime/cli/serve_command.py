@@ -67,6 +67,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--max-body-bytes", type=int, default=8 << 20, metavar="N", help="(default: 8 MiB)"
     )
     group.add_argument(
+        "--exact",
+        action="store_true",
+        help="logits without a rounding that depends on other requests; slower",
+    )
+    group.add_argument(
         "--ignore-generation-config",
         action="store_true",
         help="not the model's own sampling settings",
@@ -130,6 +135,7 @@ def _config(args: argparse.Namespace, source: str | None, options: LoadOptions) 
                 source=source,
                 options=own,
                 generation_config=not args.ignore_generation_config,
+                exact=args.exact,
                 default_batch=8,
                 environment=environment,
             )

@@ -50,7 +50,8 @@ def _run(connection: Connection) -> None:
         model = open_source(setup.source, **setup.options).load(
             default_batch=setup.default_batch,
             generation_config=setup.generation_config,
-            keep_prefixes=True,
+            keep_prefixes=not setup.exact,
+            adaptive=not setup.exact,
             announce=lambda text: connection.send(Told(text)),
             progress=lambda text: connection.send(Told(text)),
         )

@@ -22,6 +22,8 @@ class EngineSetup:
         source: See load.
         options: See load.
         generation_config: Whether the checkpoint's own sampling settings are the defaults.
+        exact: Whether a text's logits may depend on nothing that runs beside it or ran before, not
+            even in a rounding.
         default_batch: B, where neither options nor a bundle name one.
         environment: Variables set for the process, besides the front's own.
     """
@@ -29,6 +31,7 @@ class EngineSetup:
     source: str | None
     options: LoadOptions
     generation_config: bool
+    exact: bool
     default_batch: int
     environment: dict[str, str]
 
