@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.typed_json import shown
+from .config import DTYPES
 from .kernels.packed_product import dequantize, multiply_packed
 from .linear import Linear
 
@@ -38,7 +39,7 @@ class PackedFormat:
         has_order: Whether column i is stored for input order[i], not for input i.
 
     Raises:
-        ValueError: The bits are not supported.
+        ValueError: The bits or a dtype are not supported.
     """
 
     bits: int
@@ -50,6 +51,11 @@ class PackedFormat:
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
             raise ValueError(f"weights of {shown(self.bits)} bits; only 4 and 8 are supported")
+        for dtype in (self.scale_dtype, self.minimum_dtype):
+            if dtype not in (None, *DTYPES):
+                raise ValueError(
+                    f"scales of {shown(dtype)}; only {', '.join(DTYPES)} are supported"
+                )
 
     def tensors(self, num_rows: int, width: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Names what is stored for a weight [num_rows, width].

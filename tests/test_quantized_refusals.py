@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quantized_folders import LINEARS, plain_weights, write_folder
@@ -15,6 +16,8 @@ from test_quantized_gptq_awq import AWQ, GPTQ, round_all, write_gptq
 from torch import Tensor
 
 from llamac.model.checkpoint import load_model, open_checkpoint
+from llamac.model.checkpoint.quantized import native_settings
+from llamac.model.packed import PackedFormat
 
 Q = LINEARS[0]  # [64, 64]
 PACKED = {
@@ -82,7 +85,39 @@ def torchao_tensors() -> dict[str, Tensor]:
     return tensors
 
 
+def native_tensors() -> dict[str, Tensor]:
+    """As a bundle keeps GPTQ's weights, with zero points and in an order."""
+    tensors = plain_weights()
+    for i, name in enumerate(LINEARS):
+        weight = tensors.pop(f"{name}.weight")
+        order = np.random.default_rng(i).permutation(weight.shape[1])
+        one = Rounded(weight, bits=4, group=32, sym=False, order=order)
+        order = np.argsort(one.group_of, kind="stable")
+        values, scale = one.values[:, order], torch.from_numpy(one.scale)
+        tensors |= {
+            f"{name}.weight_packed": torch.from_numpy(values[:, ::2] | values[:, 1::2] << 4),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_minimum": -torch.from_numpy(one.zero).float() * scale.float(),
+            f"{name}.weight_order": torch.from_numpy(order).int(),
+        }
+    return tensors
+
+
+NATIVE = native_settings(
+    {
+        name: PackedFormat(
+            bits=4,
+            group_size=32,
+            scale_dtype="float16",
+            minimum_dtype="float32",
+            has_order=True,
+        )
+        for name in LINEARS
+    }
+)
+
 FOLDERS = {
+    "llamac": (native_tensors, NATIVE),
     "gptq": (gptq_tensors, GPTQ),
     "awq": (awq_tensors, AWQ),
     "compressed-tensors": (packed_tensors, PACKED),
@@ -121,6 +156,12 @@ def test_any_value_of_any_setting_is_read_or_refused_in_a_line(tmp_path: Path, k
     for value in ODD:
         block = {"group_0": {"weights": {"block_structure": value}}}
         tries += [{**settings, "config_groups": block}, value]
+    if kind == "llamac":
+        forms = settings["modules"]
+        tries += [{**settings, "modules": {**forms, Q: value}} for value in ODD]
+        for name in forms[Q]:
+            odd = [{**forms, Q: {**forms[Q], name: value}} for value in (*ODD, None)]
+            tries += [{**settings, "modules": value} for value in odd]
     refused = 0
     for quantization in tries:
         config["quantization_config"] = quantization
@@ -206,6 +247,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, settings: dict, message: s
     make = FOLDERS.get(settings["quant_method"], FOLDERS["gptq"])[0]
     write_folder(tmp_path, make(), settings)
     with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_an_order_that_leaves_a_column_out(tmp_path: Path):
+    tensors = native_tensors()
+    tensors[f"{Q}.weight_order"][5] = 999
+    write_folder(tmp_path, tensors, NATIVE)
+    with pytest.raises(ValueError, match="q_proj: its order doesn't name every column once"):
         open_checkpoint(tmp_path)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from ....runtime.typed_json import shown, to_dataclass
 from ...packed import PackedFormat
 from .modules import Modules
@@ -71,11 +73,15 @@ def read_native(modules: Modules) -> None:
     for module, num_rows, width in modules.with_tensor("weight_packed"):
         where = f"quantization_config: {module}"
         form = to_dataclass(PackedFormat, stated.get(module), where)
+        modules.pack(module, form)
         for part, (shape, dtype) in form.tensors(num_rows, width).items():
             stored = modules.find(module, part)
             if part == "weight_packed" and stored is not None and stored.dtype == "int32":
-                words = modules.take_words(module, part, (shape[0], shape[1]))
-                modules.keep(module, part, words)
-                continue
-            modules.keep(module, part, modules.take(module, part, shape=shape, dtypes=(dtype,)))
-        modules.pack(module, form)
+                piece = modules.take_words(module, part, (shape[0], shape[1]))
+            else:
+                piece = modules.take(module, part, shape=shape, dtypes=(dtype,))
+            if part == "weight_order":
+                columns = modules.values(piece).long()
+                if not torch.equal(columns.sort().values, torch.arange(width)):
+                    raise ValueError(f"{module}: its order doesn't name every column once")
+            modules.keep(module, part, piece)
