@@ -81,7 +81,10 @@ def _read_table(modules: Modules, module: str, size: tuple[int, int], kind: str)
             largest = nested[1][largest.int()] * factors + state["nested_offset"]
         # The first of two elements is in the high half.
         codes = torch.stack((weight >> 4, weight & 15), dim=-1).flatten()[:count]
-        values = table[codes.int()] * largest.repeat_interleave(block)[:count]
+        values = table[codes.int()]
+        whole = count // block
+        values[: whole * block].view(whole, block).mul_(largest[:whole, None])
+        values[whole * block :].mul_(largest[whole:])
         return values.view(size)
 
     modules.compute(module, "weight", inputs, compute, shape=size, dtype="float32")

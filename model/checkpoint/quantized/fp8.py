@@ -50,12 +50,16 @@ def add_scaled(
     weight = modules.take(module, "weight", shape=size, dtypes=("float8_e4m3fn",))
     scale = modules.take(module, part, shape=scale.shape, dtypes=SCALE_DTYPES)
 
+    rows, columns = fitting[0]
+
     def multiply(weight: Tensor, scale: Tensor) -> Tensor:
-        whole = scale.float().reshape(shape)
-        for axis in (0, 1):
-            by = min(fitting[0][axis], size[axis])
-            whole = whole.repeat_interleave(by, axis).narrow(axis, 0, size[axis])
-        return weight.float() * whole
+        scales = scale.float().reshape(shape).repeat_interleave(min(rows, size[0]), 0)[: size[0]]
+        values, whole = weight.float(), size[1] // columns
+        values[:, : whole * columns].unflatten(1, (whole, min(columns, size[1]))).mul_(
+            scales[:, :whole, None]
+        )
+        values[:, whole * columns :].mul_(scales[:, whole:])
+        return values
 
     modules.compute(module, "weight", [weight, scale], multiply, shape=size, dtype="float32")
 
