@@ -221,6 +221,14 @@ def test_refused_vocabularies(tmp_path: Path, kind: str, changes: Any, message: 
     assert str(caught.value).isprintable()
 
 
+def test_more_tokens_than_rows(tmp_path: Path):
+    path = tmp_path / "short.gguf"
+    vocabulary = sentencepiece_vocabulary(DEMO_FOLDER / "tokenizer.model")
+    write_gguf(path, CONFIG, random_weights(CONFIG), vocabulary=vocabulary)
+    with pytest.raises(ValueError, match="has 2048 tokens, the embedding 96 rows"):
+        open_checkpoint(path)
+
+
 def test_templates(tmp_path: Path):
     vocabulary = sentencepiece_vocabulary(DEMO_FOLDER / "tokenizer.model")
     source = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{{ eos_token }}{% endfor %}"

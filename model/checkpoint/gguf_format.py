@@ -186,13 +186,20 @@ def _config(
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"{path}: tensor token_embd.weight is missing; it holds no whole model")
+    vocab_size = _size(path, values, "vocab_size", embedding.shape[0])
+    tokens = file.values.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > vocab_size:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens)} tokens, the embedding {vocab_size} "
+            "rows; convert the model again"
+        )
     theta, scaling = read_gguf_rope(path, values, head_dim, factors)
     if unknown := sorted(values.keys() - _USED - _NEUTRAL.keys() - ROPE_KEYS):
         logger.warning("%s: unknown keys ignored: %s", path, named(f"llama.{k}" for k in unknown))
     return config_of(
         path,
         **sizes,
-        vocab_size=_size(path, values, "vocab_size", embedding.shape[0]),
+        vocab_size=vocab_size,
         num_key_value_heads=_size(path, values, "attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=_size(path, values, "context_length", 2048),
