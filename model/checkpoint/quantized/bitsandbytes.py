@@ -79,9 +79,9 @@ def _read_table(modules: Modules, module: str, size: tuple[int, int], kind: str)
         if nested:
             factors = nested[0].repeat_interleave(state["nested_blocksize"])[:num_blocks]
             largest = nested[1][largest.int()] * factors + state["nested_offset"]
-        # The first of two elements is in the high half.
-        codes = torch.stack((weight >> 4, weight & 15), dim=-1).flatten()[:count]
-        values = table[codes.int()]
+        byte = torch.arange(256)
+        pairs = table[torch.stack((byte >> 4, byte & 15), dim=1)]  # the first in the high half
+        values = pairs.index_select(0, weight.flatten().int()).flatten()[:count]
         whole = count // block
         values[: whole * block].view(whole, block).mul_(largest[:whole, None])
         values[whole * block :].mul_(largest[whole:])
