@@ -17,6 +17,7 @@ from ..model.load import static_shape
 from ..runtime.bundle.opening import open_bundle
 from ..runtime.cache_folder import cache_folder
 from ..runtime.cli.options import OneLineParser
+from . import serving
 from .artifacts import find_model
 from .cold_start import run_cold_start
 from .limit_probe import ProbeSize
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None, *, probe_size: ProbeSize | None = No
         BackendUnavailableError: The float32 reference can't run here.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--serve" in words:
+        return serving.main(words)
     args = build_parser().parse_args(words)
     plan = _plan(args)
     run: dict[str, Any] = {
@@ -97,6 +100,9 @@ def main(argv: Sequence[str] | None = None, *, probe_size: ProbeSize | None = No
 def build_parser() -> argparse.ArgumentParser:
     """The options of `llamac bench`."""
     parser = OneLineParser(prog="llamac bench", description=__doc__)
+    parser.add_argument(
+        "--serve", action="store_true", help="times the server instead; see --serve --help"
+    )
     parser.add_argument(
         "--model",
         metavar="PATH|NAME",
