@@ -152,6 +152,14 @@ def test_the_operator_imports_no_compiler():
 
 
 @pytest.mark.usefixtures("form")
+def test_an_x_that_is_a_view():
+    weight = PackedWeight(9, 64)
+    x = random_x(64, 3).t()
+    assert not x.is_contiguous()
+    assert_close_to_exact(multiply(x, weight)[0], x, weight)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 7])
 def test_the_number_of_threads_changes_no_bit(num_rows: int, dtype: torch.dtype):

@@ -117,12 +117,15 @@ def multiply_in_cpp(library: ctypes.CDLL, x: Tensor, weights: Sequence[_Weight])
     Returns:
         For each weight [M, N] in x's dtype.
     """
-    outs = [x.new_empty(len(x), len(packed)) for packed, *_ in weights]
+    x = x.contiguous()
+    num_x, width = x.shape
+    outs = [x.new_empty(num_x, len(packed)) for packed, _, _ in weights]
     done = library.multiply_packed(
-        x.contiguous().data_ptr(),
+        x.data_ptr(),
         _TYPES[x.dtype],
-        *x.shape,
-        _table(x.shape[1], *((*weight, out) for weight, out in zip(weights, outs, strict=True))),
+        num_x,
+        width,
+        _table(width, *[(*weight, out) for weight, out in zip(weights, outs, strict=True)]),
         len(weights),
         torch.get_num_threads(),
     )
@@ -185,15 +188,18 @@ def _table(width: int, *weights: tuple[*_Weight, Tensor]) -> ctypes.Array[ctypes
     """The C++ library's Weight of each, which is int64 alone."""
     fields: list[int] = []
     for packed, scale, minimum, out in weights:
-        bits, rest = divmod(8 * packed.shape[1], width)
-        group = width // scale.shape[1]
-        assert (bits, rest) in {(4, 0), (8, 0)}
-        assert group in {*_GROUPS, width}
-        assert all(part is None or part.is_contiguous() for part in (packed, scale, minimum))
-        fields += packed.data_ptr(), scale.data_ptr()
-        fields += 0 if minimum is None else minimum.data_ptr(), out.data_ptr()
-        fields += len(packed), bits, group, _TYPES[scale.dtype]
-        fields.append(0 if minimum is None else _TYPES[minimum.dtype])
+        num_rows, row_bytes = packed.shape
+        bits, group = 8 * row_bytes // width, width // scale.shape[1]
+        assert row_bytes * 8 in (4 * width, 8 * width)
+        assert group in _GROUPS or group == width
+        assert packed.is_contiguous()
+        assert scale.is_contiguous()
+        offsets, offsets_type = 0, 0
+        if minimum is not None:
+            assert minimum.is_contiguous()
+            offsets, offsets_type = minimum.data_ptr(), _TYPES[minimum.dtype]
+        fields += (packed.data_ptr(), scale.data_ptr(), offsets, out.data_ptr())
+        fields += (num_rows, bits, group, _TYPES[scale.dtype], offsets_type)
     return (ctypes.c_int64 * len(fields))(*fields)
 
 
