@@ -14,7 +14,7 @@ from typing import Any
 from ..runtime.atomic_write import write_file
 from ..runtime.bundle.manifest import REPORTS_NAME
 from ..runtime.cli.text_table import format_table
-from ..runtime.compare import Comparison
+from ..runtime.compare import Comparison, Quality
 from ..runtime.memory import format_bytes
 from .engine_build import EngineBuild
 
@@ -96,6 +96,7 @@ class RunResult:
         dtype: Of the graphs' activations; "int8" where products with packed weights round them.
         tolerance: Of an error, as a share of the largest logit, and of the perplexity's change.
         groups: In the order they ran.
+        quality: Of packed weights, by the model they were made of; None where that isn't given.
     """
 
     provider: str
@@ -103,6 +104,7 @@ class RunResult:
     dtype: str
     tolerance: float
     groups: tuple[GroupResult, ...]
+    quality: Quality | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +160,11 @@ def format_verification(result: Verification) -> str:
         rows = [_HEAD, *_run_rows(result.runs)]
         rows += [(x.provider, x.target or "all", f"left out: {x.reason}") for x in result.left_out]
         lines.append(format_table(rows))
+    lines += [
+        f"{run.provider} on {run.target} graphs, {run.quality}"
+        for run in result.runs
+        if run.quality is not None
+    ]
     lines += [line for engine in result.engines or () for line in _engine_lines(engine)]
     num_failed = sum(not group.passed for run in result.runs for group in run.groups)
     num_failed += sum(not engine.passed for engine in result.engines or ())

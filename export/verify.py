@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.checkpoint.hf_format import checkpoint_of
@@ -19,7 +20,13 @@ from ..model.load import load_backend, static_shape
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.bundle.manifest import Manifest, ModelSizes
 from ..runtime.chunks import check_prompt
-from ..runtime.compare import TOLERANCE, compare_logits, perplexity
+from ..runtime.compare import (
+    TOLERANCE,
+    Quality,
+    compare_logits,
+    measure_quality,
+    perplexity,
+)
 from ..runtime.ort.ort_backend import OrtBackend, check_choice
 from ..runtime.ort.providers import PROVIDERS, provider_problem
 from ..runtime.text.tokenizer_files import load_tokenizer
@@ -55,7 +62,9 @@ def verify_bundle(
 
     Args:
         manifest: The bundle.
-        against: The checkpoint of the reference; None takes the bundle's own weights.
+        against: The checkpoint of the reference; None takes the bundle's own weights. A bundle of
+            packed weights is always proved equal to its own; from this one, which they were made
+            of, it is said how far they are.
         providers: Who runs; () is everyone that can.
         targets: Which graphs; () is all.
         text: Whose perplexity is compared; None takes a short story, or drawn ids where the
@@ -75,12 +84,15 @@ def verify_bundle(
     if not runs and not engine_build:
         reason = next((item for item in left_out if item.target), left_out[0]).reason
         raise BackendUnavailableError(f"no graph of {manifest.folder} runs here: {reason}")
-    checkpoint = bundle_checkpoint(manifest) if against is None else open_checkpoint(against)
-    _check_sizes(manifest, checkpoint)
+    own, given = bundle_checkpoint(manifest), None if against is None else open_checkpoint(against)
+    if given is not None:
+        _check_sizes(manifest, given)
+    original = given if own.packed else None
+    checkpoint = own if original is not None or given is None else given
     text_ids, origin = _text_ids(manifest, text)
     fed_ids = text_ids[: min(_MAX_TEXT_TOKENS, manifest.shape.max_seq_len)]
     engines = tuple(build_engines(manifest, progress=progress)) if engine_build else None
-    results = _compare(manifest, checkpoint, runs, fed_ids, progress)
+    results = _compare(manifest, checkpoint, original, runs, fed_ids, progress)
     return Verification(
         passed=all(group.passed for run in results for group in run.groups)
         and all(engine.passed for engine in engines or ()),
@@ -203,27 +215,17 @@ def _text_ids(manifest: Manifest, text: str | None) -> tuple[list[int], str]:
 def _compare(
     manifest: Manifest,
     checkpoint: Checkpoint,
+    original: Checkpoint | None,
     runs: Sequence[tuple[str, str]],
     text_ids: Sequence[int],
     progress: Callable[[str], None],
 ) -> list[RunResult]:
     if not runs:
         return []
-    shape = manifest.shape
-    reference = load_backend(
-        checkpoint,
-        compile=False,
-        dtype="float32",
-        batch_size=shape.batch_size,
-        max_seq_len=shape.max_seq_len,
-        prefill_len=shape.prefill_lens,
-        progress=progress,
-    ).backend
-    groups = record_groups(
-        reference, text_ids, bos_token_id=manifest.bos_token_id, progress=progress
-    )
-    del reference
-    gc.collect()  # before another copy of the weights is loaded
+    groups = _record(manifest, checkpoint, text_ids, progress)
+    expected = None
+    if original is not None:
+        expected = np.stack(_record(manifest, original, text_ids, progress)[0].logits)
     results: list[RunResult] = []
     for provider, target in runs:
         backend = OrtBackend(manifest, provider=provider, target=target, progress=progress)
@@ -240,11 +242,48 @@ def _compare(
                 dtype=dtype,
                 tolerance=TOLERANCE[dtype],
                 groups=tuple(compared),
+                quality=_quality(backend, groups[0], expected, text_ids),
             )
         )
         del backend
         gc.collect()
     return results
+
+
+def _record(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    text_ids: Sequence[int],
+    progress: Callable[[str], None],
+) -> list[Group]:
+    shape = manifest.shape
+    reference = load_backend(
+        checkpoint,
+        compile=False,
+        dtype="float32",
+        batch_size=shape.batch_size,
+        max_seq_len=shape.max_seq_len,
+        prefill_len=shape.prefill_lens,
+        progress=progress,
+    ).backend
+    groups = record_groups(
+        reference, text_ids, bos_token_id=manifest.bos_token_id, progress=progress
+    )
+    del reference
+    gc.collect()  # before another copy of the weights is loaded
+    return groups
+
+
+def _quality(
+    backend: OrtBackend,
+    group: Group,
+    original: NDArray[np.float32] | None,
+    text_ids: Sequence[int],
+) -> Quality | None:
+    if original is None or len(text_ids) < 2:
+        return None
+    found = replay(backend, group)
+    return measure_quality(original[:-1], found[:-1], np.array(text_ids[1:]))
 
 
 def _compare_group(

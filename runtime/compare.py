@@ -6,6 +6,7 @@ The bundle's verification and the benchmark ask this of every backend before any
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 
 from .sampling import log_softmax
 
-__all__ = ["TOLERANCE", "Comparison", "compare_logits", "perplexity"]
+__all__ = [
+    "TOLERANCE",
+    "Comparison",
+    "Quality",
+    "compare_logits",
+    "measure_quality",
+    "perplexity",
+]
 
 # Largest error of a logit, as a share of the reference's largest logit. float32: sums in another
 # order. 16-bit: each layer rounds its activations; the reference computes in float32. int8: each
@@ -51,6 +59,74 @@ class Comparison:
     top1_agreement: float
     top5_agreement: float
     first_divergence: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """How well a quantized model predicts a text, measured by the model it was made of.
+
+    Attributes:
+        num_predictions: Rows of logits compared.
+        mean_kl_nats: Mean KL divergence from the original's predictions.
+        top1_agreement: Share of the rows that rank the original's best id highest.
+        perplexity_ratio: Perplexity of the text, over the original's.
+    """
+
+    num_predictions: int
+    mean_kl_nats: float
+    top1_agreement: float
+    perplexity_ratio: float
+
+    def __str__(self) -> str:
+        """As people read it."""
+        return (
+            f"against the original: KL {self.mean_kl_nats:.2g} nats, top-1 "
+            f"{self.top1_agreement:.1%}, perplexity x {self.perplexity_ratio:.4f}, over "
+            f"{self.num_predictions} predictions"
+        )
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Quality]) -> Quality:
+        """Joins measurements of parts of a text."""
+        counts = np.array([part.num_predictions for part in parts])
+
+        def mean(values: list[float]) -> float:
+            return float(np.average(values, weights=counts))
+
+        return cls(
+            num_predictions=int(counts.sum()),
+            mean_kl_nats=mean([part.mean_kl_nats for part in parts]),
+            top1_agreement=mean([part.top1_agreement for part in parts]),
+            perplexity_ratio=math.exp(mean([math.log(p.perplexity_ratio) for p in parts])),
+        )
+
+
+def measure_quality(
+    original: NDArray[np.float32], logits: NDArray[np.float32], next_ids: NDArray[np.int64]
+) -> Quality:
+    """Compares a quantized model's predictions of a text with those of the model it was made of.
+
+    Args:
+        original: [N, V] float32, the original's logits.
+        logits: [N, V] float32.
+        next_ids: [N] int64, the id that follows each.
+
+    Returns:
+        The measurement.
+    """
+    kl = agrees = ratio = 0.0
+    for expected_row, row, next_id in zip(original, logits, next_ids, strict=True):
+        expected, found = log_softmax(expected_row), log_softmax(row)
+        kl += float((np.exp(expected) * (expected - found)).sum())
+        agrees += int(expected_row.argmax()) == int(row.argmax())
+        ratio += float(expected[next_id] - found[next_id])
+    count = len(logits)
+    return Quality(
+        num_predictions=count,
+        mean_kl_nats=kl / count,
+        top1_agreement=agrees / count,
+        perplexity_ratio=math.exp(ratio / count),
+    )
 
 
 def compare_logits(

@@ -1,25 +1,19 @@
-"""What `generate`, `run` and `score` do once a model is loaded."""
+"""What `generate` and `run` do once a model is loaded."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from ..chunks import next_chunk
 from ..language_model import LanguageModel
 from ..request import Completion, Event, Request
-from ..sampling import log_softmax
 from .terminal import emit, say
 
-__all__ = ["INTERRUPTED", "generate_texts", "score_text"]
+__all__ = ["INTERRUPTED", "generate_texts"]
 
 INTERRUPTED = 130
 FAILED = 1
@@ -72,53 +66,6 @@ def generate_texts(
     return exit_code
 
 
-def score_text(model: LanguageModel, text: str, *, as_json: bool) -> int:
-    """Prints the perplexity of a text, and with JSON each token's log-probability.
-
-    A text longer than the cache is scored in windows of max_seq_len - 1 tokens, each after its own
-    BOS; without a BOS the first token of a window has no log-probability.
-
-    Args:
-        model: What runs.
-        text: What is scored.
-        as_json: Print one JSON object instead of a line.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ValueError: The text is one token without a BOS before it, or the cache holds one token.
-    """
-    tokenizer, shape = model.tokenizer, model.backend.shape
-    if shape.max_seq_len < 2:
-        raise ValueError(f"max_seq_len is {shape.max_seq_len}; scoring needs at least 2")
-    ids = tokenizer.encode(text, bos=False)
-    prefix = tokenizer.encode("", bos=True)
-    window = shape.max_seq_len - len(prefix)
-    scored: list[tuple[int, float]] = []
-    for begin in range(0, len(ids), window):
-        sequence = prefix + ids[begin : begin + window]
-        scored.extend(zip(sequence[1:], _logprobs(model.backend, sequence), strict=True))
-    if not scored:
-        raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
-    mean = sum(logprob for _, logprob in scored) / len(scored)
-    if -mean > math.log(sys.float_info.max):
-        raise ValueError(f"the text's mean logprob is {mean:.4g}; the weights may be damaged")
-    perplexity = math.exp(-mean)
-    if as_json:
-        result = {
-            "perplexity": perplexity,
-            "num_tokens": len(scored),
-            "ids": [token_id for token_id, _ in scored],
-            "logprobs": [logprob for _, logprob in scored],
-            "backend": model.name,
-        }
-        emit(json.dumps(result))
-    else:
-        emit(f"perplexity {perplexity:.4f} over {len(scored)} tokens")
-    return 0
-
-
 class _Page:
     """One continuation, waiting for those before it to be finished."""
 
@@ -141,26 +88,6 @@ def _print_pages(pages: deque[_Page]) -> None:
             return
         pages.popleft()
         emit("\n" if pages else "")
-
-
-def _logprobs(backend: Any, sequence: list[int]) -> list[float]:
-    """Log-probability of every id but the first, each given those before it."""
-    result: list[float] = []
-    if not hasattr(backend, "score"):  # a bundle's prefill gives one row: a token a step, then
-        batch = backend.shape.batch_size
-        for position in range(len(sequence) - 1):
-            ids = np.full(batch, sequence[position])
-            logits = backend.decode(ids, np.full(batch, position))[0]
-            result.append(float(log_softmax(logits)[sequence[position + 1]]))
-        return result
-    done = 0
-    while done < len(sequence):
-        start, end = next_chunk(len(sequence), done, backend.shape)
-        logits = backend.score(0, sequence[start:end], start)
-        for position in range(done, min(end, len(sequence) - 1)):
-            result.append(float(log_softmax(logits[position - start])[sequence[position + 1]]))
-        done = end
-    return result
 
 
 @contextlib.contextmanager

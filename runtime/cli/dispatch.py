@@ -25,10 +25,11 @@ from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_files import load_tokenizer
 from .chat import Conversation, chat
-from .commands import generate_texts, score_text
+from .commands import generate_texts
 from .doctor import doctor
 from .input_text import checked_text, read_prompts, read_schema, read_text, read_tools, typed_lines
 from .options import parse_words
+from .score import score_text
 from .serve_command import serve
 from .terminal import LineFormatter, emit, progress_bar, say, status
 from .text_options import given
@@ -231,10 +232,21 @@ def _score(args: argparse.Namespace) -> int:
     text = read_text(args.text_file)
     source = _open_source(args)
     with status() as progress:
-        model = source.load(
-            all_logits=True, generation_config=False, announce=say, progress=progress
-        )
-    return score_text(model, text, as_json=args.json)
+        options: Any = {"all_logits": True, "generation_config": False, "progress": progress}
+        model = source.load(announce=say, **options)
+        reference = None
+        if args.against is not None:
+            reference = _open_reference(args.against, source).load(**options)
+    return score_text(model, text, reference=reference, as_json=args.json)
+
+
+def _open_reference(against: str, source: Source) -> Source:
+    """A checkpoint runs eagerly in float32, in the shape of what is compared with it."""
+    found = open_source(against)
+    if found.manifest is not None:
+        return found
+    rows = source.shape().max_seq_len
+    return open_source(against, backend="eager", dtype="float32", max_seq_len=rows)
 
 
 def _export(args: argparse.Namespace) -> int:

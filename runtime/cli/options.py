@@ -154,6 +154,9 @@ def _add_text_commands(add: Callable[[str, str, str], argparse.ArgumentParser]) 
         "score", "perplexity of a text", "llamac score ./Llama-3.2-1B --text-file essay.txt"
     )
     score.add_argument("--text-file", type=Path, required=True, metavar="FILE", help="UTF-8")
+    score.add_argument(
+        "--against", metavar="SOURCE", help="compare its predictions, of the unquantized model"
+    )
     score.add_argument("--json", action="store_true", help="also each token's logprob")
     for parser in (talk, score, serve):
         parser.usage = f"{parser.prog} [SOURCE] [options]"
@@ -216,7 +219,9 @@ def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]
         parser.add_argument("--check", action="store_true", help="hash the weights too")
         parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     verify.add_argument(
-        "--against", metavar="CHECKPOINT", help="reference (default: the bundle's weights)"
+        "--against",
+        metavar="CHECKPOINT",
+        help="reference (default: the bundle's weights), or of quantized ones the original",
     )
     for name in ("provider", "target"):
         verify.add_argument(
