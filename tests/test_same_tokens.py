@@ -11,6 +11,7 @@ import torch
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER, load_backend
+from llamac.model.quantization import parse_recipe, quantize_checkpoint
 from llamac.runtime.backend import Backend
 from llamac.runtime.generation import generate
 from llamac.runtime.ort.ort_backend import OrtBackend
@@ -28,11 +29,15 @@ PROMPTS = (
 SEEDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=["stories260K", "demo"])
-def folder(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="module", params=["stories260K", "demo", "int4", "int8"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "demo":
         return DEMO_FOLDER
-    return request.getfixturevalue("stories260k")
+    if request.param == "stories260K":
+        return request.getfixturevalue("stories260k")
+    out = tmp_path_factory.mktemp("quantized") / request.param
+    quantize_checkpoint(open_checkpoint(DEMO_FOLDER), out, parse_recipe(request.param))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def backends(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("tokens") / "bundle"
-    bundle = export_bundle(open_checkpoint(folder), out, targets=("cpu", "tensorrt"), **SIZES)
+    bundle = export_bundle(
+        open_checkpoint(folder), out, targets=("cpu", "tensorrt"), accuracy_level=0, **SIZES
+    )
     yield {
         "eager": load_backend(folder, compile=False, **SIZES).backend,
         "compile": load_backend(folder, **SIZES).backend,
