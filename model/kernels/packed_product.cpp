@@ -40,9 +40,8 @@ struct Arranged {
   static int64_t num_blocks(const X& x) { return divide_up(x.width, COLUMNS); }
   static int64_t num_floats(const X& x) { return num_blocks(x) * x.num_rows * FLOATS; }
 
-  // Shares the work with the threads around it.
-  static void fill(const X& x, float* vectors) {
-#pragma omp for nowait
+  static void fill(const X& x, float* vectors, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (x.num_rows > 1)
     for (int64_t place = 0; place < num_blocks(x) * x.num_rows; place++) {
       const int64_t first = place / x.num_rows * COLUMNS, row = place % x.num_rows;
       float columns[COLUMNS] = {};
@@ -62,11 +61,11 @@ int group_shift(const Weight& weight) {
 
 int64_t num_groups(const Weight& weight, const X& x) { return x.width / weight.group; }
 
-// Of each row of x and group of the weight the columns' sum, padded with zeros to vectors. Shares
-// the work with the threads around it.
-void fill_group_sums(const Weight& weight, const X& x, float* sums) {
+// Of each row of x and group of the weight the columns' sum, padded with zeros to vectors, times what
+// the scale or the minimum is multiplied by.
+void fill_group_sums(const Weight& weight, const X& x, float* sums, int num_threads) {
   const int64_t padded = divide_up(num_groups(weight, x), LINE) * LINE;
-#pragma omp for nowait
+#pragma omp parallel for num_threads(num_threads) if (x.num_rows > 1)
   for (int64_t place = 0; place < x.num_rows * padded; place++) {
     const int64_t row = place / padded, group = place % padded;
     Floats total = zeros();
@@ -284,17 +283,17 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   const size_t bytes = size_t(own + num_threads * Scratch::num_floats(x)) * 4;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   if (!scratch) return 0;
+  // One row is not worth the wait for other threads.
+  for (int i = 0; i < 2; i++)
+    if (is_used[i])
+      with_form(x, 4 * (i + 1), [&](auto form) {
+        Arranged<decltype(form)>::fill(x, scratch + arranged[i], int(num_threads));
+      });
+  for (int64_t i = 0; i < num_weights; i++)
+    fill_group_sums(weights[i], x, scratch + sums + i * sums_each, int(num_threads));
 #pragma omp parallel num_threads(int(num_threads))
   {
     const int64_t thread = thread_index(), count = thread_count();
-    for (int i = 0; i < 2; i++)
-      if (is_used[i])
-        with_form(x, 4 * (i + 1), [&](auto form) {
-          Arranged<decltype(form)>::fill(x, scratch + arranged[i]);
-        });
-    for (int64_t i = 0; i < num_weights; i++)
-      fill_group_sums(weights[i], x, scratch + sums + i * sums_each);
-#pragma omp barrier
     for (int64_t i = 0; i < num_weights; i++)
       with_form(x, weights[i].bits, [&](auto form) {
         using Form = decltype(form);
