@@ -1,1 +1,1 @@
-"""What torch has no fast form for: attention over live rows, kernels for a GPU."""
+"""What torch has no fast form for: attention over live rows, products with packed weights."""
