@@ -135,6 +135,26 @@ def test_eager_text_of_the_gguf_file(prompts: list[list[int]], expected: list[li
     assert greedy(loaded.backend, prompts[:1]) == expected[:1]
 
 
+def test_compiled_text_of_the_gguf_file(prompts: list[list[int]], expected: list[list[int]]):
+    from llamac.model.load import load_backend
+
+    loaded = load_backend(GGUF, dtype="float32", **SIZES)
+    assert greedy(loaded.backend, prompts) == expected
+
+
+def test_bundle_text_of_the_gguf_file(
+    prompts: list[list[int]], expected: list[list[int]], tmp_path: Path, run
+):
+    """With exact products; those that round to 8 bits have a tolerance, not the same tokens."""
+    from llamac.runtime.ort.ort_backend import OrtBackend
+
+    assert GGUF is not None
+    sizes = ("--max-seq-len", "192", "--prefill-len", "64")
+    out = tmp_path / "bundle"
+    assert run("export", GGUF, out, *sizes, "--accuracy-level", "0")[0] == 0
+    assert greedy(OrtBackend(out), prompts) == expected
+
+
 def test_compiled_text(folder: Path, prompts: list[list[int]], expected: list[list[int]]):
     from llamac.model.load import load_backend
 
