@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ from .served_model import ServedModel
 
 __all__ = ["ServeConfig", "create_app"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -51,6 +55,8 @@ class ServeConfig:
         cors_origins: Pages of other sites that may call from a browser.
         max_body_bytes: Of a request.
         shutdown_timeout_s: What runs gets so long to end.
+        starts_loaded: Whether the application starts once the model is loaded, for hosts that don't
+            ask /health; else it answers 503 until then.
     """
 
     setups: Sequence[EngineSetup]
@@ -61,12 +67,13 @@ class ServeConfig:
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 8 << 20
     shutdown_timeout_s: float = 30.0
+    starts_loaded: bool = False
 
 
 def create_app(config: ServeConfig) -> Starlette:
-    """Makes the application; its engines start with it and end with it.
+    """Makes the application; its engines start and end with it, and /health tells of them.
 
-    `app.state.server` is the Server: it knows whether a model is loaded.
+    `app.state.server` is the Server.
 
     Args:
         config: See ServeConfig.
@@ -87,9 +94,15 @@ def create_app(config: ServeConfig) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(server.load())
         try:
+            if config.starts_loaded:
+                await loading
+                if server.problem is not None:
+                    raise server.problem
             yield
         finally:
+            loading.cancel()
             await server.stop()
 
     post, get = partial(Route, methods=["POST"]), partial(Route, methods=["GET"])
@@ -121,10 +134,14 @@ class Server:
     Attributes:
         pool: The engines.
         model: What the front knows of their model; None until the first one is ready.
+        loaded: Set once the engines are ready, or can't be.
+        problem: Why they can't be.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self.model: ServedModel | None = None
+        self.loaded = asyncio.Event()
+        self.problem: ValueError | OSError | None = None
         self._config = config
         self._metrics = Metrics()
         self._page = page_response()
@@ -138,20 +155,21 @@ class Server:
         )
 
     async def load(self) -> None:
-        """Starts the engines, one after the other, and waits until they are ready.
-
-        Raises:
-            ValueError: The model can't be loaded; the message says why.
-        """
-        for engine in self.pool.engines:
-            ready = await engine.start()
-            if self.model is None:
-                self.model = ServedModel.load(
-                    ready,
-                    name=self._config.name,
-                    template_file=self._config.template_file,
-                    created_s=int(time.time()),
-                )
+        """Starts the engines, one after the other, and waits until they are ready."""
+        try:
+            for engine in self.pool.engines:
+                ready = await engine.start()
+                if self.model is None:
+                    self.model = ServedModel.load(
+                        ready,
+                        name=self._config.name,
+                        template_file=self._config.template_file,
+                        created_s=int(time.time()),
+                    )
+        except (ValueError, OSError) as error:
+            logger.error("the model can't be loaded: %s", error)
+            self.problem = error
+        self.loaded.set()
 
     def drain(self) -> None:
         """Takes nothing in any more."""

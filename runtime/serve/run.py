@@ -67,18 +67,16 @@ def run_server(
 
     async def serve() -> None:
         serving = asyncio.create_task(server.serve([listener]))
-        loading = asyncio.create_task(app.state.server.load())
+        loading = asyncio.create_task(app.state.server.loaded.wait())
         await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
-        problem = None
-        if not loading.done():  # a signal came first
-            loading.cancel()
-        elif problem := loading.exception():
+        loading.cancel()  # where a signal came first
+        if app.state.server.problem is not None:
             server.should_exit = True
-        else:
+        elif app.state.server.model is not None:
             announce(f"serving {app.state.server.model.name} on {address}")
         await serving
-        if problem is not None:
-            raise problem
+        if app.state.server.problem is not None:
+            raise app.state.server.problem
 
     try:
         asyncio.run(serve())
