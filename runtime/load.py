@@ -37,6 +37,7 @@ class LoadOptions(TypedDict, total=False):
         threads: CPU threads.
         device: Of a checkpoint: "cpu" or "cuda".
         dtype: Of a checkpoint: "float32", "float16" or "bfloat16"; default its own.
+        adapter: Of a checkpoint: the folder of a LoRA that PEFT saved, merged as it is read.
         quantize: Of a checkpoint: "int4" or "int8", which is done once and kept in the user's
             cache; default as it is.
         batch_size: Of a checkpoint: B, cache slots; default 1.
@@ -54,6 +55,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int
     device: str
     dtype: str
+    adapter: Path
     quantize: str
     batch_size: int
     max_seq_len: int
@@ -66,7 +68,8 @@ class LoadOptions(TypedDict, total=False):
     check: bool
 
 
-_OF_CHECKPOINTS = {"device", "dtype", "quantize", "batch_size", "max_seq_len", "prefill_len"}
+_OF_CHECKPOINTS = {"device", "dtype", "adapter", "quantize"}
+_OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
 
@@ -142,7 +145,8 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
         from ..model.quantization import parse_recipe
 
         parse_recipe(recipe)
-    checkpoint = open_checkpoint(DEMO_FOLDER if source is None else source)
+    name = DEMO_FOLDER if source is None else source
+    checkpoint = open_checkpoint(name, adapter=options.get("adapter"))
     return Source(
         folder=checkpoint.side_folder, manifest=None, checkpoint=checkpoint, options=options
     )

@@ -231,7 +231,7 @@ def test_adapters_are_refused(folder: Path, tmp_path: Path):
     refused(ValueError, folder, r"holds adapter weights .*lora_A.*; merge them")
     (folder / "adapter_config.json").write_text("{}")
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    refused(ValueError, folder, "holds an adapter; merge it into its model first")
+    refused(ValueError, folder, "holds an adapter; name its model, and it with --adapter")
 
 
 @pytest.mark.parametrize(

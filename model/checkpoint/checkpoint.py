@@ -16,6 +16,7 @@ from ...runtime.side_file import read_side_file
 from ...runtime.typed_json import shown
 from ..llama import Llama
 from ..packed import is_packed_part
+from .adapter import merge_adapter
 from .gguf_format import find_gguf, open_gguf_file
 from .hf_format import has_hf_weights, open_hf_folder
 from .lit_format import open_lit_file
@@ -36,12 +37,13 @@ logger = logging.getLogger(__name__)
 _LONGEST_NAME = 4096  # bytes of a path on Linux
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, adapter: str | Path | None = None) -> Checkpoint:
     """Finds a checkpoint and checks its names, shapes and dtypes; no weight is read.
 
     Args:
         source: An HF folder, Meta's folder, a lit-llama `.pth` or a `.gguf` or the folder of one,
             or the name of a model in the local Hugging Face cache (nothing is downloaded).
+        adapter: The folder of a LoRA that PEFT saved, merged as the weights are read; None is none.
 
     Returns:
         The checkpoint.
@@ -49,18 +51,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: Nothing is there, or a part of it is missing; says what was looked for.
         ValueError: A file is damaged or holds objects other than tensors, the config isn't a
-            LLaMA's, or a tensor is missing, extra, misshaped or stored in a way that isn't read.
+            LLaMA's, or a tensor is missing, extra, misshaped or stored in a way that isn't read;
+            of an adapter see merge_adapter.
     """
-    if len(str(source)) >= _LONGEST_NAME:
-        raise FileNotFoundError(f"{shown(str(source))}: no such file or folder")
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        return _open_folder(path)
-    if path.exists():
-        return _open_file(path)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)) and ".." not in str(source):
-        return _open_folder(_find_in_cache(str(source)))
-    raise FileNotFoundError(f"{source}: no such file or folder")
+    checkpoint = _find(source)
+    return checkpoint if adapter is None else merge_adapter(checkpoint, adapter)
 
 
 def load_weights(
@@ -178,10 +173,23 @@ def _dtype_in(name: str, stored: StoredTensor, chosen: torch.dtype) -> torch.dty
     return getattr(torch, stored.dtype) if is_packed_part(name) else chosen
 
 
+def _find(source: str | Path) -> Checkpoint:
+    if len(str(source)) >= _LONGEST_NAME:
+        raise FileNotFoundError(f"{shown(str(source))}: no such file or folder")
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        return _open_folder(path)
+    if path.exists():
+        return _open_file(path)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)) and ".." not in str(source):
+        return _open_folder(_find_in_cache(str(source)))
+    raise FileNotFoundError(f"{source}: no such file or folder")
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / "adapter_config.json").exists():
         if not has_hf_weights(folder):
-            raise ValueError(f"{folder}: holds an adapter; merge it into its model first")
+            raise ValueError(f"{folder}: holds an adapter; name its model, and it with --adapter")
         logger.warning("%s: adapter_config.json is ignored; the weights count as merged", folder)
     if not (any(folder.glob("*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))):
         if is_meta_folder(folder):

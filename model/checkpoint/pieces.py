@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .tensor_files import Entry, TensorFile
 
-__all__ = ["Computed", "Conversion", "Part", "Piece"]
+__all__ = ["Computed", "Conversion", "LowRank", "Merged", "Part", "Piece"]
 
 # No more than this much of a tensor is mapped or converted at a time.
 _BLOCK_BYTES = 64 << 20
@@ -159,7 +159,106 @@ class Computed:
         yield tuple(slice(0, n) for n in self.shape), self.compute(*stored)
 
 
-Part = Piece | Computed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """A change of a weight [N, K]: scale * (left @ right).
+
+    Attributes:
+        left: [N, r], stored.
+        right: [r, K], stored.
+        scale: What the product is multiplied by.
+        transposed: Whether both are stored transposed.
+    """
+
+    left: Piece
+    right: Piece
+    scale: float
+    transposed: bool = False
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Reads both whole.
+
+        Returns:
+            left and right, float32.
+
+        Raises:
+            ValueError: One holds what is not a number.
+        """
+        left, right = (self._read(piece) for piece in (self.left, self.right))
+        return (left.T, right.T) if self.transposed else (left, right)
+
+    def _read(self, piece: Piece) -> Tensor:
+        whole = torch.cat([part.float() for _, part in piece.read()])
+        if not torch.isfinite(whole).all():
+            raise ValueError(
+                f"{piece.file.path}: {piece.key} holds what is not a number: its weights are "
+                "damaged; copy them again"
+            )
+        return whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A part of a weight with a change added, in float32.
+
+    Attributes:
+        part: Of the weight as stored.
+        change: Of the whole weight.
+    """
+
+    part: Part
+    change: LowRank
+
+    @property
+    def name(self) -> str:
+        """HF's name."""
+        return self.part.name
+
+    @property
+    def file(self) -> TensorFile:
+        """The part's."""
+        return self.part.file
+
+    @property
+    def key(self) -> str:
+        """The part's."""
+        return self.part.key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The part's."""
+        return self.part.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the sum."""
+        return "float32"
+
+    @property
+    def origin(self) -> tuple[int, ...]:
+        """First index filled in the HF tensor."""
+        return self.part.origin
+
+    @property
+    def offset(self) -> int:
+        """The part's."""
+        return self.part.offset
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Never."""
+        return False
+
+    def read(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Reads the part's blocks and adds what changes there."""
+        left, right = self.change.factors()
+        for (rows, columns), block in self.part.read():
+            change = left[rows], right[:, columns]
+            yield (rows, columns), torch.addmm(block.float(), *change, alpha=self.change.scale)
+            del block  # unmapped before the next is mapped
+
+
+Part = Piece | Computed | Merged
 
 
 def _uninterleave(weight: Tensor, head_dim: int) -> Tensor:

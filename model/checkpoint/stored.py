@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import LlamaConfig
 from ..llama import Llama
 from ..packed import PackedFormat
-from .pieces import Computed, Part
+from .pieces import Part, Piece
 
 __all__ = [
     "Checkpoint",
@@ -54,6 +54,7 @@ class Checkpoint:
             `lm_head.weight` when it is tied; of a packed weight its parts (see PackedFormat).
         pieces: Where the bytes come from.
         packed: Module name to how its weight is packed.
+        adapter: The folder of the adapter that is merged into it, or None.
     """
 
     config: LlamaConfig
@@ -62,6 +63,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     pieces: tuple[Part, ...]
     packed: Mapping[str, PackedFormat] = field(default_factory=dict)
+    adapter: Path | None = None
 
     def read(
         self, names: Iterable[str] | None = None
@@ -102,7 +104,7 @@ class Checkpoint:
             ValueError: The file is shorter than when it was opened.
         """
         piece, *more = [piece for piece in self.pieces if piece.name == name]
-        if more or isinstance(piece, Computed) or not piece.is_as_stored:
+        if more or not isinstance(piece, Piece) or not piece.is_as_stored:
             return None
         if getattr(torch, piece.dtype) != dtype:
             return None

@@ -129,8 +129,8 @@ def quantized_copy(
     """Quantizes a checkpoint into the user's cache, once.
 
     Args:
-        checkpoint: What is quantized; the copy is known by its files' names, sizes and times, and
-            replaces one of what they were before.
+        checkpoint: What is quantized; the copy is known by its files' names, sizes and times, an
+            adapter's among them, and replaces one of what they were before.
         recipe: Which weight gets how many bits.
         progress: Told what is being done.
 
@@ -271,6 +271,11 @@ def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
     """Of a copy: what all copies of the source have in common, and the rest for its files now."""
     folders = {checkpoint.folder, checkpoint.side_folder}
     paths = {piece.file.path for piece in checkpoint.pieces}
+    own = str(min(paths).resolve())
+    if checkpoint.adapter is not None:
+        own += f" {checkpoint.adapter.resolve()}"
+        folders.add(checkpoint.adapter)
+        paths.update(checkpoint.adapter.glob("*.safetensors"))
     paths |= {path for folder in folders for path in folder.glob("*.json")}
     paths |= {checkpoint.side_folder / name for name in TOKENIZER_NAMES}
     facts = [
@@ -278,8 +283,7 @@ def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
         for path in sorted(paths)
         if path.is_file()
     ]
-    source = min(piece.file.path for piece in checkpoint.pieces).resolve()
-    return f"{_digest(str(source))}-{recipe.name}", f"-{_digest(repr(facts))}"
+    return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr(facts))}"
 
 
 def _digest(text: str) -> str:

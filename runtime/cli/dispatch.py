@@ -254,7 +254,7 @@ def _export(args: argparse.Namespace) -> int:
     from ...model.checkpoint import open_checkpoint
 
     with status() as progress:
-        checkpoint = open_checkpoint(args.checkpoint)
+        checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
         if args.quantize is not None:
             from ...model.quantization import parse_recipe, quantized_copy
 
@@ -280,7 +280,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from ...model.quantization import parse_recipe, quantize_checkpoint
 
     recipe = parse_recipe(args.recipe)
-    checkpoint = open_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
     with progress_bar("quantizing", unit="weights") as progress:
         kinds = quantize_checkpoint(checkpoint, args.out, recipe, progress=progress)
     if args.json:

@@ -18,6 +18,7 @@ __all__ = ["OneLineParser", "parse_words"]
 _DTYPES = ("float32", "float16", "bfloat16")
 _RECIPE_HELP = "int4 or int8, with a group size as in int8-g64"
 _SOURCE_HELP = "checkpoint, bundle, or name in the Hugging Face cache (default: the demo model)"
+_ADAPTER_HELP = "a LoRA that PEFT saved, merged as it is read (default: none)"
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -177,6 +178,7 @@ def _add_quantize(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
     quantize.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, file or name")
     quantize.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     quantize.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    quantize.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     quantize.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -199,6 +201,7 @@ def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]
     export.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="cache slots (default: 1)"
     )
+    export.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     export.add_argument("--quantize", metavar="RECIPE", help=_RECIPE_HELP)
     export.add_argument(
         "--accuracy-level",
@@ -245,6 +248,7 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of checkpoints")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
     group.add_argument("--dtype", choices=_DTYPES, help="(default: the checkpoint's own)")
+    group.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
         "--batch-size",
