@@ -16,7 +16,6 @@ from openai import OpenAI
 from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER
-from llamac.runtime.cli.commands import _logprobs
 from llamac.runtime.language_model import LanguageModel
 from llamac.runtime.load import load
 from serving import Served, serving
@@ -305,15 +304,17 @@ def test_best_of_gives_the_likeliest(served: Served, model: LanguageModel):
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 3])
 def test_an_echoed_prompt_has_the_logprobs_of_score(
-    served: Served, model: LanguageModel, max_tokens: int
+    served: Served, model: LanguageModel, run, bundle: Path, tmp_path: Path, max_tokens: int
 ):
+    (tmp_path / "text").write_text("The little dog went to the park.")
+    out = run("score", bundle, "--threads", "1", "--text-file", tmp_path / "text", "--json")[1]
     ids = model.tokenizer.encode("The little dog went to the park.")
     body = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": max_tokens}
     body["temperature"] = 0
     (choice,) = served.ask("/v1/completions", body)[1]["choices"]
     told = choice["logprobs"]
     assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
-    assert told["token_logprobs"][1 : len(ids)] == _logprobs(model.backend, ids)
+    assert told["token_logprobs"][1 : len(ids)] == json.loads(out)["logprobs"]
     assert len(told["tokens"]) == len(ids) + max_tokens
     for token, value, top in zip(
         told["tokens"][1:], told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True
