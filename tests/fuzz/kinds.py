@@ -18,7 +18,7 @@ __all__ = ["KINDS", "Trial", "make_trial", "seal_manifest", "sound_command"]
 
 KINDS = (
     *("config", "index", "safetensors", "bin", "meta", "lit", "gguf", "tokenizer", "ranks"),
-    *("template", "quantized", "bundle", "options"),
+    *("template", "quantized", "adapter", "bundle", "options"),
 )
 
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -63,6 +63,7 @@ _FILES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("packed", ("config.json", "model.safetensors")),
         ("gptq", ("config.json", "model.safetensors")),
     ),
+    "adapter": (("adapter", ("lora/adapter_config.json", "lora/adapter_model.safetensors")),),
 }
 # A checkpoint without them has everything; damaged they are refused, but they may be away.
 _OPTIONAL = {
@@ -101,13 +102,15 @@ def sound_command(command: str, seed: str) -> list[str]:
         The words after `llamac`.
     """
     model = ["--model", seed, "--backend", "ort" if seed == "bundle" else "eager"]
+    adapter = ["--adapter", "adapter/lora"] if seed == "adapter" else []
+    model += adapter
     greedy = ["--max-new-tokens", "2", "--temperature", "0"]
     text = ["--prompt", PROMPT, "--json", "--logprobs", "1"]
     return {
         "generate": ["generate", *model, *greedy, *text],
         "chat": ["chat", *model, *greedy],
         "score": ["score", *model, "--text-file", "text.txt"],
-        "export": ["export", seed, "out", "--prefill-len", "8"],
+        "export": ["export", seed, "out", "--prefill-len", "8", *adapter],
         "run": ["run", seed, *greedy, *text],
         "check": ["run", seed, "--check", *greedy, *text],
         "inspect": ["inspect", seed],

@@ -76,8 +76,8 @@ def make_seeds(root: Path) -> None:
 
     Args:
         root: An empty folder, which then holds hf, shards, bin, bin-shards, meta1, meta2, lit,
-            one-file, one-bpe, chat, chat-config, packed, gptq and bundle, options.json, and
-            text.txt, which score reads.
+            one-file, one-bpe, chat, chat-config, packed, gptq, adapter (with one in its folder
+            lora) and bundle, options.json, and text.txt, which score reads.
     """
     torch.manual_seed(0)
     base = replace(CONFIG, max_position_embeddings=64, bos_token_id=1, eos_token_ids=(2,))
@@ -138,6 +138,8 @@ def make_seeds(root: Path) -> None:
     (root / "text.txt").write_text(PROMPT)
     quantize_checkpoint(open_checkpoint(root / "hf"), root / "packed", parse_recipe("int4"))
     _write_gptq(root / "gptq", root / "hf")
+    shutil.copytree(root / "hf", root / "adapter")
+    _write_adapter(root / "adapter" / "lora", pieces)
     export_bundle(open_checkpoint(root / "shards"), root / "bundle", prefill_len=8, max_seq_len=32)
     _write_json(root / "options.json", {name: read_options(name) for name in COMMANDS})
 
@@ -194,6 +196,30 @@ def _write_hf(
         size = sum(weight.nbytes for weight in weights.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(folder / f"{stem}{suffix}.index.json", index)
+
+
+def _write_adapter(folder: Path, config: LlamaConfig) -> None:
+    """A LoRA of the attention, as PEFT saves one."""
+    folder.mkdir()
+    targets = ["q_proj", "v_proj", "o_proj"]
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            **{"peft_type": "LORA", "target_modules": targets, "r": 4, "lora_alpha": 8},
+            **{"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 4}},
+            **{"use_rslora": False, "bias": "none", "use_dora": False, "modules_to_save": None},
+        },
+    )
+    weights: dict[str, Tensor] = {}
+    for name, (rows, width) in (
+        (name, shape) for name, shape in weight_shapes(config).items() if len(shape) == 2
+    ):
+        module = name.removesuffix(".weight")
+        if module.endswith(tuple(targets)):
+            rank = 2 if module.endswith("v_proj") else 4
+            weights[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, width) / 4
+            weights[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank) / 4
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def _write_gptq(folder: Path, source: Path) -> None:
