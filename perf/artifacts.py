@@ -21,7 +21,7 @@ from .setup import Setup
 from .stand_in_tokenizer import write_stand_in_tokenizer
 from .systems import SYSTEMS
 
-__all__ = ["SMALL", "Model", "build_artifact", "find_model"]
+__all__ = ["SMALL", "Model", "build_artifact", "find_model", "quantize_model"]
 
 # Large enough that a step on two cores is not all overhead, small enough for a coffee break.
 SMALL = LlamaConfig(
@@ -42,7 +42,7 @@ class Model:
 
     Attributes:
         name: As it was asked for.
-        folder: The checkpoint.
+        folder: The checkpoint, or its one file.
         config: Its facts.
         bundle: The folder again, if it is a bundle.
     """
@@ -111,27 +111,65 @@ def build_artifact(setup: Setup, cache: Path, logs: Path) -> tuple[Setup, float 
         logs: See Worker.
 
     Returns:
-        The setup with its artifact, and the seconds it took; None if nothing was built.
+        The setup with its artifact, on the quantized checkpoint if the system wants one, and the
+        seconds it took; None if nothing was built.
 
     Raises:
         BackendUnavailableError: Something isn't installed.
         WorkerError: The build failed.
     """
     system = SYSTEMS[setup.system]
+    build_s = None
+    if system.on_quantized:
+        assert system.weights is not None
+        setup, build_s = quantize_model(setup, system.weights, cache, logs)
     if system.artifact is None or setup.artifact is not None:
-        return setup, None
+        return setup, build_s
+    out, more_s = _build_once("build", system.artifact(setup), setup, cache, logs)
+    spent = [seconds for seconds in (build_s, more_s) if seconds is not None]
+    return replace(setup, artifact=str(out)), sum(spent) if spent else None
+
+
+def quantize_model(
+    setup: Setup, weights: str, cache: Path, logs: Path
+) -> tuple[Setup, float | None]:
+    """Quantizes a setup's checkpoint as `llamac quantize` does, unless that has been done.
+
+    Args:
+        setup: Of any system.
+        weights: "int8" or "int4".
+        cache: Where the copy is kept.
+        logs: See Worker.
+
+    Returns:
+        The setup on the copy, and the seconds it took; None if nothing was written.
+
+    Raises:
+        WorkerError: It failed.
+    """
+    out, build_s = _build_once(
+        "quantize", f"quantized-{weights}", setup, cache, logs, weights=weights
+    )
+    return replace(setup, model=str(out)), build_s
+
+
+def _build_once(
+    command: str, name: str, setup: Setup, cache: Path, logs: Path, **arguments: str
+) -> tuple[Path, float | None]:
+    """Has a worker write a folder of that name, unless it is there for the checkpoint as it is."""
     # A changed checkpoint has another date; reading its weights for a hash would take seconds.
-    files = sorted(Path(setup.model).iterdir())
+    source = Path(setup.model)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
     stamp = _digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    out = cache / f"{system.artifact(setup)}-{stamp}"
+    out = cache / f"{name}-{stamp}"
     if out.exists():
-        return replace(setup, artifact=str(out)), None
+        return out, None
     partial = out.with_name(f"{out.name}.new")
     shutil.rmtree(partial, ignore_errors=True)
-    with Worker(f"{setup.system}-build", logs, threads=setup.threads) as worker:
-        build_s = worker.call("build", setup=setup, out=str(partial))["build_s"]
+    with Worker(f"{setup.system}-{command}", logs, threads=setup.threads) as worker:
+        build_s = worker.call(command, setup=setup, out=str(partial), **arguments)["build_s"]
     partial.rename(out)
-    return replace(setup, artifact=str(out)), build_s
+    return out, build_s
 
 
 def _digest(value: object) -> str:

@@ -106,14 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="PATH|NAME",
-        help="checkpoint, bundle, `small` or a preset (default: the built-in demo model)",
+        help="checkpoint, `.gguf`, bundle, `small` or a preset (default: the built-in demo model)",
     )
     parser.add_argument("--layers", type=int, metavar="N", help="of a preset, instead of its own")
     parser.add_argument(
         "--backend",
         action="append",
         choices=tuple(SYSTEMS),
-        help="repeatable (default: all that fit the device; what isn't installed is skipped)",
+        help="repeatable (default: those of --dtype that fit the device; what isn't installed is "
+        "skipped)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 from .systems import PEERS  # noqa: E402
 from .tables import PHASES, count_of, format_rate  # noqa: E402
+from .weight_sizes import describe_precision  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,9 @@ def _draw_speed(
             )
         axes.set_xlim(0, 1.25 * max(*speeds, *ceilings))
         axes.set_xlabel(f"{kind}, tokens per second (share of the limit)")
-    _name_rows(panels[0], [f"{result['name']}\n{result['precision']}" for result, _ in chosen])
+    _name_rows(
+        panels[0], [f"{result['name']}\n{describe_precision(result)}" for result, _ in chosen]
+    )
     panels[1].spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{run['model']['name']}, prompt {prompt_len}, {num_new} new, batch {batch_size}\n"
@@ -178,7 +181,7 @@ def _draw_cold_start(run: dict[str, Any], path: Path) -> None:
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for row, result in enumerate(results):
         axes.text(left[row], row, f" {result['total_s']:.1f} s", va="center", fontsize=9)
-    _name_rows(axes, [f"{result['name']}\n{result['precision']}" for result in results])
+    _name_rows(axes, [f"{result['name']}\n{describe_precision(result)}" for result in results])
     axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel("seconds from starting the process to its first token")
     figure.suptitle(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
-from .setup import Setup, System
+from .setup import Runner, Setup, System
+from .weight_sizes import WeightSizes
 
-__all__ = ["LLAMA_CPP", "permute_rope"]
+__all__ = ["LLAMA_CPP", "LLAMA_CPP_QUANTIZED", "permute_rope"]
 
 # Without the native flag a wheel built elsewhere would be compared: it lacks this CPU's
 # instructions.
@@ -46,9 +50,10 @@ class _LlamaCppRunner:
 
     Args:
         setup: `artifact` is a folder holding model.gguf.
+        quantized: Whether its weights are; all else is computed in float32 then.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, quantized: bool) -> None:
         begin = time.perf_counter()
         try:
             llama_cpp: Any = import_module("llama_cpp")
@@ -77,12 +82,15 @@ class _LlamaCppRunner:
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(vocab)
         self._batch: Any = llama_cpp.llama_batch_init(_BATCH * setup.batch_size, 0, 1)
         self._position = 0
-        self.precision = setup.dtype
+        self.precision = "float32" if quantized else setup.dtype
         self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
         self.facts: dict[str, object] = {
             "llama-cpp-python": llama_cpp.__version__,
             "features": llama_cpp.llama_print_system_info().decode(),
+            "cache_dtype": "float32" if setup.dtype == "float32" else "float16",
         }
+        if quantized:
+            self.facts |= WeightSizes.read(Path(setup.artifact)).facts
 
     def reset(self) -> None:
         """See Runner."""
@@ -171,6 +179,10 @@ def _build(setup: Setup, out: Path) -> None:
 
     checkpoint = open_checkpoint(setup.model)
     config = checkpoint.config
+    if checkpoint.packed:
+        raise BackendUnavailableError(
+            "llama.cpp is compared on checkpoints that aren't quantized; it quantizes its own"
+        )
     if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
         raise BackendUnavailableError(
             "llama.cpp is compared on models without RoPE scaling or biases only"
@@ -214,6 +226,28 @@ def _build(setup: Setup, out: Path) -> None:
     writer.close()
 
 
+def _quantize(setup: Setup, out: Path, ftype: str) -> None:
+    """Has llama.cpp quantize what _build writes, in the checkpoint's own dtype."""
+    from ..model.checkpoint import open_checkpoint
+
+    with TemporaryDirectory(dir=out.parent) as work:
+        dtype = open_checkpoint(setup.model).config.dtype
+        _build(replace(setup, dtype=dtype), Path(work))
+        llama_cpp: Any = import_module("llama_cpp")
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
+        options.nthread = setup.threads
+        out.mkdir(parents=True, exist_ok=True)
+        source, target = str(Path(work, "model.gguf")), str(out / "model.gguf")
+        code = llama_cpp.llama_model_quantize(
+            source.encode(), target.encode(), ctypes.byref(options)
+        )
+        if code:
+            raise RuntimeError(f"llama_model_quantize returned {code}")
+    reader: Any = import_module("gguf").GGUFReader(target)
+    WeightSizes.of({tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}).write(out)
+
+
 def _gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
     stem = name.removesuffix(".weight")
@@ -223,4 +257,24 @@ def _gguf_name(name: str) -> str:
     return f"{_NAMES[stem]}.weight"
 
 
-LLAMA_CPP = System(open=_LlamaCppRunner, build=_build, artifact=lambda setup: f"gguf-{setup.dtype}")
+def _open(*, quantized: bool) -> Callable[[Setup], Runner]:
+    return lambda setup: _LlamaCppRunner(setup, quantized=quantized)
+
+
+def _of_type(ftype: str, weights: str) -> System:
+    return System(
+        open=_open(quantized=True),
+        build=lambda setup, out: _quantize(setup, out, ftype),
+        artifact=lambda setup: f"gguf-{ftype.lower()}",
+        weights=weights,
+    )
+
+
+LLAMA_CPP = System(
+    open=_open(quantized=False), build=_build, artifact=lambda setup: f"gguf-{setup.dtype}"
+)
+LLAMA_CPP_QUANTIZED = {
+    "llama.cpp-q8_0": _of_type("Q8_0", "int8"),
+    "llama.cpp-q4_0": _of_type("Q4_0", "int4"),
+    "llama.cpp-q4_k_m": _of_type("Q4_K_M", "int4"),
+}

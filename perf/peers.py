@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from ..runtime.backend import BackendUnavailableError
 from .setup import Runner, Setup, System
 from .stand_in_tokenizer import write_stand_in_tokenizer
+from .weight_sizes import WeightSizes
 
-__all__ = ["GENAI", "TRANSFORMERS", "TRANSFORMERS_STATIC"]
+__all__ = ["GENAI", "GENAI_QUANTIZED", "TRANSFORMERS", "TRANSFORMERS_STATIC"]
 
 
 class _TransformersRunner:
@@ -138,9 +139,10 @@ class _GenaiRunner:
 
     Args:
         setup: `artifact` is a folder that genai's model builder wrote.
+        weights: "int8" or "int4", or None for those of the precision.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, weights: str | None) -> None:
         begin = time.perf_counter()
         try:
             genai: Any = import_module("onnxruntime_genai")
@@ -166,9 +168,11 @@ class _GenaiRunner:
         self._model: Any = genai.Model(config)
         self._setup = setup
         self._position = 0
-        self.precision = _genai_precision(setup)
+        self.precision = _genai_precision(setup, weights)
         self.phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
         self.facts: dict[str, object] = {"onnxruntime-genai": genai.__version__}
+        if weights is not None:
+            self.facts |= WeightSizes.read(Path(setup.artifact)).facts
         self.reset()
 
     def reset(self) -> None:
@@ -201,18 +205,26 @@ class _GenaiRunner:
             self.extend(np.zeros((self._setup.batch_size, count), dtype=np.int64))
 
 
-def _genai_precision(setup: Setup) -> str:
-    """The builder has no 16-bit graphs for CPUs."""
-    return "float32" if setup.device == "cpu" else setup.dtype
+def _genai_precision(setup: Setup, weights: str | None) -> str:
+    """What is computed in: the builder has no 16-bit graphs for CPUs."""
+    if setup.device == "cpu":
+        return "float32"
+    return setup.dtype if weights is None else "float16"
 
 
-def _build_genai(setup: Setup, out: Path) -> None:
+def _build_genai(setup: Setup, out: Path, weights: str | None) -> None:
     """Runs genai's model builder, which needs a tokenizer beside the weights."""
     for module in ("onnxruntime_genai", "onnx_ir", "transformers", "torch"):
         if find_spec(module) is None:
             name = module.replace("_", "-")
             raise BackendUnavailableError(f"{name} is not installed; pip install {name}")
-    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    from ..model.checkpoint import open_checkpoint
+
+    if not Path(setup.model).is_dir() or open_checkpoint(setup.model).packed:
+        raise BackendUnavailableError(
+            "genai is compared on folders that aren't quantized; its builder quantizes them"
+        )
+    precisions = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
     with TemporaryDirectory() as work:
         source = Path(work, "model")
         source.mkdir()
@@ -223,9 +235,14 @@ def _build_genai(setup: Setup, out: Path) -> None:
             write_stand_in_tokenizer(source, config["vocab_size"])
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         builder += ["--input", str(source), "--output", str(out), "--cache_dir", work]
-        builder += ["--precision", precision[_genai_precision(setup)]]
+        builder += ["--precision", weights or precisions[_genai_precision(setup, None)]]
         builder += ["--execution_provider", setup.device]
         subprocess.run(builder, check=True, cwd=work)
+    if weights is not None:
+        graph = import_module("onnx_ir").load(out / "model.onnx").graph
+        tensors = {name: value.const_value.nbytes for name, value in graph.initializers.items()}
+        kept = {name: size for name, size in tensors.items() if not name.endswith("_cache")}
+        WeightSizes.of(kept).write(out)
 
 
 def _transformers(*, static: bool) -> System:
@@ -237,8 +254,16 @@ def _transformers(*, static: bool) -> System:
 
 TRANSFORMERS = _transformers(static=False)
 TRANSFORMERS_STATIC = _transformers(static=True)
-GENAI = System(
-    open=_GenaiRunner,
-    build=_build_genai,
-    artifact=lambda setup: f"genai-{setup.device}-{_genai_precision(setup)}",
-)
+
+
+def _genai(weights: str | None) -> System:
+    return System(
+        open=lambda setup: _GenaiRunner(setup, weights=weights),
+        build=lambda setup, out: _build_genai(setup, out, weights),
+        artifact=lambda setup: f"genai-{setup.device}-{weights or _genai_precision(setup, None)}",
+        weights=weights,
+    )
+
+
+GENAI = _genai(None)
+GENAI_QUANTIZED = {f"genai-{weights}": _genai(weights) for weights in ("int8", "int4")}

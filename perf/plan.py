@@ -56,16 +56,18 @@ class Plan:
     def setup(self, system: str, *, batch_size: int, max_seq_len: int | None = None) -> Setup:
         """The sizes of one system."""
         bundle, rows = self.model.bundle, max_seq_len or self.max_seq_len
+        chosen = SYSTEMS[system]
+        given = bundle is not None and system.startswith("ort-") and not chosen.on_quantized
         return Setup(
             system=system,
             model=str(self.model.folder),
             dtype=self.dtype,
-            device=SYSTEMS[system].device or self.device,
+            device=chosen.device or self.device,
             threads=self.threads,
             batch_size=batch_size,
             max_seq_len=rows,
             prefill_len=min(self.prefill_len, rows),
-            artifact=str(bundle) if bundle and system.startswith("ort-") else None,
+            artifact=str(bundle) if given else None,
             options=self.options,
         )
 
@@ -100,7 +102,8 @@ class Entry:
         """Describes a system that hasn't been started."""
         return cls(
             setup=plan.setup(system, batch_size=batch_size, max_seq_len=max_seq_len),
-            result={"name": system, "batch_size": batch_size, "status": "ok"},
+            result={"name": system, "batch_size": batch_size, "status": "ok"}
+            | ({"weights": weights} if (weights := SYSTEMS[system].weights) else {}),
         )
 
     def start(self, plan: Plan, environment: dict[str, str] | None = None) -> dict[str, Any]:

@@ -1,4 +1,10 @@
-"""The gate before timing: a system's logits against those of the eager float32 model."""
+"""The gate before timing: a system's logits against those of the eager float32 model.
+
+A system on llamac's own quantized weights is held to the eager float32 model on those weights. A
+peer rounds weights its own way, so it is held to the model as it was, and may be a few times as far
+from that as our weights of as many bits are: enough to tell rounding from another model, and no
+measure of how well it rounds.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.compare import TOLERANCE, Comparison, compare_logits
+from .artifacts import quantize_model
 from .plan import Entry, Plan, random_prompt
 from .process import Worker
+from .systems import SYSTEMS
 
-__all__ = ["Reference", "judge"]
+__all__ = ["Reference", "judge", "judge_quantized"]
 
 _NUM_CHECKED = 16  # predictions compared after each prompt
 _CALIBRATED = ("bfloat16", "float16")
 _ROUNDING_MARGIN = 1.5  # of a system's error over that of the eager model in the same dtype
+_QUANTIZED_MARGIN = 3  # of a peer's error over that of our weights of as many bits
+# Logits of another model are off by about their size, which no margin may come near.
+_MOST_QUANTIZED = 0.8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,13 +39,14 @@ class _Passage:
         place: Where they end, in words.
         prompt: [B, n] ids.
         forced: Ids that the reference chose after them.
-        answers: [M, B, V] logits of the eager model after the prompt and after each id, by dtype.
+        answers: [M, B, V] logits of the eager model after the prompt and after each id, by folder
+            and dtype.
     """
 
     place: str
     prompt: list[list[int]]
     forced: list[list[int]] | None = None
-    answers: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    answers: dict[tuple[str, str], NDArray[np.float32]] = field(default_factory=dict)
 
 
 class Reference:
@@ -68,7 +80,7 @@ class Reference:
             _Passage(place=place, prompt=random_prompt(plan, batch_size, length, seed=1))
             for length, place in lengths.items()
         ]
-        self._answer("float32")
+        self._answer(self._setup.model, "float32")
 
     def check(self, entry: Entry) -> None:
         """Compares an entry's logits; a wrong one is stopped.
@@ -77,18 +89,10 @@ class Reference:
             entry: With a worker that is ready.
         """
         assert entry.worker is not None
-        precision = entry.result["precision"]
         errors, message = [], ""
         for passage in self._passages:
-
-            def answer_rounded(passage: _Passage = passage) -> NDArray[np.float32]:
-                if precision not in passage.answers:
-                    self._answer(precision)
-                return passage.answers[precision]
-
             self._plan.say(f"checking {entry.name} {passage.place}")
-            logits = self._ask(entry.worker, passage)
-            verdict = judge(passage.answers["float32"], logits, precision, answer_rounded)
+            verdict = self._judge(entry, passage, self._ask(entry.worker, passage))
             errors.append(verdict.relative_error)
             message = f"{verdict.message} {passage.place}"
             if not verdict.passed:
@@ -96,13 +100,33 @@ class Reference:
                 break
         entry.result["check"] = {"errors": errors, "message": message}
 
-    def _answer(self, dtype: str) -> None:
-        """Asks the eager model."""
-        self._plan.say(f"computing the {dtype} reference")
+    def _judge(self, entry: Entry, passage: _Passage, logits: NDArray[np.float32]) -> Comparison:
+        system, model = SYSTEMS[entry.setup.system], entry.setup.model
+        expected = self._expect(passage, model, "float32")
+        weights = system.weights
+        if weights is not None and not system.on_quantized:
+
+            def answer_quantized() -> NDArray[np.float32]:
+                copy, _ = quantize_model(self._setup, weights, self._plan.cache, self._plan.logs)
+                return self._expect(passage, copy.model, "float32")
+
+            return judge_quantized(expected, logits, weights, answer_quantized)
+        precision = entry.result["facts"].get("activations", entry.result["precision"])
+        return judge(expected, logits, precision, lambda: self._expect(passage, model, precision))
+
+    def _expect(self, passage: _Passage, model: str, dtype: str) -> NDArray[np.float32]:
+        """What the eager model answers, which is asked once."""
+        if (model, dtype) not in passage.answers:
+            self._answer(model, dtype)
+        return passage.answers[model, dtype]
+
+    def _answer(self, model: str, dtype: str) -> None:
+        """Asks the eager model after all passages."""
+        self._plan.say(f"computing the {dtype} reference of {model}")
         with Worker("reference", self._plan.logs, threads=self._plan.threads) as worker:
-            worker.call("prepare", setup=replace(self._setup, dtype=dtype))
+            worker.call("prepare", setup=replace(self._setup, model=model, dtype=dtype))
             for passage in self._passages:
-                passage.answers[dtype] = self._ask(worker, passage)
+                passage.answers[model, dtype] = self._ask(worker, passage)
 
     def _ask(self, worker: Worker, passage: _Passage) -> NDArray[np.float32]:
         out = self._folder / "logits.npy"
@@ -143,3 +167,31 @@ def judge(
     rounding = compare_logits(expected, answer_rounded(), precision).relative_error
     allowed = max(_ROUNDING_MARGIN * rounding, TOLERANCE[precision])
     return compare_logits(expected, logits, precision, tolerance=allowed)
+
+
+def judge_quantized(
+    expected: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    weights: str,
+    answer_quantized: Callable[[], NDArray[np.float32]],
+) -> Comparison:
+    """Decides whether the logits of a peer, which rounds weights its own way, are plausible.
+
+    Args:
+        expected: [..., V] of the eager float32 model.
+        logits: [..., V] of the system.
+        weights: What its weights are stored in, "int8" or "int4".
+        answer_quantized: Computes [..., V] of the eager model on our weights of as many bits.
+
+    Returns:
+        The comparison; it passed if the largest error is at most 3 times that of our weights, or
+        what rounding activations to 8 bits may cost where that is more, and never above 0.8 of the
+        largest logit.
+    """
+    least = TOLERANCE["int8"]
+    verdict = compare_logits(expected, logits, weights, tolerance=least)
+    if verdict.passed:
+        return verdict
+    rounding = compare_logits(expected, answer_quantized(), weights, tolerance=least)
+    allowed = min(max(_QUANTIZED_MARGIN * rounding.relative_error, least), _MOST_QUANTIZED)
+    return compare_logits(expected, logits, weights, tolerance=allowed)

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..model.config import LlamaConfig
 from ..runtime.bundle.manifest import ITEM_BYTES
-from .roofline import Limits, decode_work, prefill_work
+from .roofline import Limits, bits_per_weight, decode_work, prefill_work
 from .tables import to_markdown
+from .weight_sizes import WeightSizes
 
 __all__ = ["summarize", "write_run"]
 
@@ -43,6 +44,8 @@ def summarize(run: dict[str, Any]) -> None:
     }
     config = LlamaConfig.from_dict(run["model"]["config"])
     for result in run["systems"]:
+        if weights := WeightSizes.of_facts(_facts(result)):
+            result["bits_per_weight"] = bits_per_weight(config, weights)
         for case in result.get("cases", []):
             limits = [samples[index] for index in case["limits"]]
             case |= _case_statistics(case, result, config, limits, run["options"]["max_seq_len"])
@@ -111,7 +114,8 @@ def _case_statistics(
     """Statistics of one case; `limits` are those of its trials."""
     precision, batch_size = result["precision"], result["batch_size"]
     sizes = {
-        "item_bytes": ITEM_BYTES[precision],
+        "item_bytes": _item_bytes(result),
+        "weights": WeightSizes.of_facts(_facts(result)),
         "batch_size": batch_size,
         "max_seq_len": max_seq_len,
     }
@@ -171,7 +175,8 @@ def _sweep_point(
 ) -> dict[str, Any]:
     work = decode_work(
         config,
-        item_bytes=ITEM_BYTES[result["precision"]],
+        item_bytes=_item_bytes(result),
+        weights=WeightSizes.of_facts(_facts(result)),
         batch_size=result["batch_size"],
         context=context,
         max_seq_len=max_seq_len,
@@ -183,6 +188,15 @@ def _sweep_point(
         "limit_s": float(np.median(least_s)),
         "raw_step_s": times,
     }
+
+
+def _facts(result: dict[str, Any]) -> dict[str, Any]:
+    return result.get("facts", {})  # none of what never ran
+
+
+def _item_bytes(result: dict[str, Any]) -> int:
+    """Of the cache."""
+    return ITEM_BYTES[_facts(result).get("cache_dtype", result["precision"])]
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -10,8 +10,9 @@ from typing import Any
 from ..model.checkpoint.stored import weight_shapes
 from ..model.config import LlamaConfig
 from ..runtime.bundle.manifest import ITEM_BYTES
+from .weight_sizes import WeightSizes
 
-__all__ = ["Limits", "Work", "decode_work", "prefill_work"]
+__all__ = ["Limits", "Work", "bits_per_weight", "decode_work", "prefill_work"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -85,16 +86,23 @@ class Limits:
 
 
 def decode_work(
-    config: LlamaConfig, *, item_bytes: int, batch_size: int, context: int, max_seq_len: int
+    config: LlamaConfig,
+    *,
+    item_bytes: int,
+    batch_size: int,
+    context: int,
+    max_seq_len: int,
+    weights: WeightSizes | None = None,
 ) -> Work:
     """Counts one decode step.
 
     Args:
         config: The model's facts.
-        item_bytes: Of a weight and of a cache element.
+        item_bytes: Of a cache element, and of a weight where these weren't measured.
         batch_size: B.
         context: Live tokens of each sequence before the step.
         max_seq_len: S.
+        weights: What they were measured to take.
 
     Returns:
         The work.
@@ -104,7 +112,7 @@ def decode_work(
     products = 2 * (_layer_products(config) + _head_products(config))
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * live
     return Work(
-        weight_bytes=_weight_bytes(config, item_bytes, looked_up=batch_size),
+        weight_bytes=_weight_bytes(config, item_bytes, weights, looked_up=batch_size),
         live_kv_bytes=row * live,
         wasted_kv_bytes=row * max(max_seq_len - live, 0),
         logits_bytes=4 * batch_size * config.vocab_size,
@@ -113,16 +121,23 @@ def decode_work(
 
 
 def prefill_work(
-    config: LlamaConfig, *, item_bytes: int, batch_size: int, num_tokens: int, max_seq_len: int
+    config: LlamaConfig,
+    *,
+    item_bytes: int,
+    batch_size: int,
+    num_tokens: int,
+    max_seq_len: int,
+    weights: WeightSizes | None = None,
 ) -> Work:
     """Counts a prompt of every sequence; the head runs on the last token alone.
 
     Args:
         config: The model's facts.
-        item_bytes: Of a weight and of a cache element.
+        item_bytes: Of a cache element, and of a weight where these weren't measured.
         batch_size: B.
         num_tokens: Of each prompt.
         max_seq_len: S.
+        weights: What they were measured to take.
 
     Returns:
         The work.
@@ -132,7 +147,7 @@ def prefill_work(
     pairs = num_tokens * (num_tokens + 1) // 2  # token n attends to n tokens
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
     return Work(
-        weight_bytes=_weight_bytes(config, item_bytes, looked_up=batch_size * num_tokens),
+        weight_bytes=_weight_bytes(config, item_bytes, weights, looked_up=batch_size * num_tokens),
         live_kv_bytes=row * num_tokens,
         wasted_kv_bytes=row * max(max_seq_len - num_tokens, 0),
         logits_bytes=4 * batch_size * config.vocab_size,
@@ -140,9 +155,31 @@ def prefill_work(
     )
 
 
-def _weight_bytes(config: LlamaConfig, item_bytes: int, *, looked_up: int) -> int:
-    shapes = weight_shapes(config)
-    elements = sum(math.prod(shape) for shape in shapes.values())
+def bits_per_weight(config: LlamaConfig, weights: WeightSizes) -> float:
+    """Spreads what weights take, scales and all, over all of them.
+
+    Args:
+        config: The model's facts.
+        weights: What they were measured to take.
+
+    Returns:
+        The bits.
+    """
+    return 8 * weights.weight_bytes / _num_weights(config)
+
+
+def _num_weights(config: LlamaConfig) -> int:
+    return sum(math.prod(shape) for shape in weight_shapes(config).values())
+
+
+def _weight_bytes(
+    config: LlamaConfig, item_bytes: int, weights: WeightSizes | None, *, looked_up: int
+) -> int:
+    if weights is not None:
+        rows = min(looked_up, config.vocab_size)
+        table = weights.lookup_bytes
+        return weights.weight_bytes - table + table * rows // config.vocab_size
+    shapes, elements = weight_shapes(config), _num_weights(config)
     if not config.tie_word_embeddings:
         vocab_size, width = shapes[_EMBEDDING]
         elements += width * (min(looked_up, vocab_size) - vocab_size)

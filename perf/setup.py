@@ -46,7 +46,8 @@ class Runner(Protocol):
     """A loaded model; every call returns when the logits are on the host.
 
     Attributes:
-        precision: What it computes in: "float32", "float16" or "bfloat16".
+        precision: What it computes in, whatever its weights are stored in: "float32", "float16" or
+            "bfloat16".
         phases: Seconds of getting ready: `import_s`, `load_s`, and where there is such a phase
             `tokenizer_s`, `compile_s` or `first_call_s`, `warmup_s`.
     """
@@ -56,7 +57,11 @@ class Runner(Protocol):
 
     @property
     def facts(self) -> dict[str, object]:
-        """What else is worth recording: where compiled code came from, what was counted so far."""
+        """What else is worth recording: where compiled code came from, what was counted so far.
+
+        Where they aren't those of the precision: `weight_bytes` and `lookup_bytes` of WeightSizes,
+        `cache_dtype`, and `activations`, "int8" if products round what they multiply to that.
+        """
         ...
 
     def reset(self) -> None:
@@ -104,6 +109,8 @@ class System:
         artifact: Name of what is built, shared by the systems and setups that give the same one.
         compiles: Whether getting ready fills a cache, so that a first start is worth measuring.
         device: The device it is tied to, or None.
+        weights: What its weights are always stored in, "int8" or "int4"; None follows the setup.
+        on_quantized: Whether it loads llamac's own quantized copy of the checkpoint, of `weights`.
     """
 
     open: Callable[[Setup], Runner]
@@ -111,3 +118,5 @@ class System:
     artifact: Callable[[Setup], str] | None = None
     compiles: bool = False
     device: str | None = None
+    weights: str | None = None
+    on_quantized: bool = False

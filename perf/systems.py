@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,25 @@ from ..runtime.request import Request
 from ..runtime.sampling import SamplingParams
 from ..runtime.scheduler import Scheduler
 from ..runtime.text.tokenizer_files import load_tokenizer
-from .llama_cpp_peer import LLAMA_CPP
-from .peers import GENAI, TRANSFORMERS, TRANSFORMERS_STATIC
+from .llama_cpp_peer import LLAMA_CPP, LLAMA_CPP_QUANTIZED
+from .peers import GENAI, GENAI_QUANTIZED, TRANSFORMERS, TRANSFORMERS_STATIC
 from .setup import Runner, Setup, System
+from .weight_sizes import WeightSizes
 
 if TYPE_CHECKING:
     from ..runtime.backend import Backend
+    from ..runtime.bundle.manifest import Manifest
     from ..runtime.text.tokenizer import Tokenizer
 
 __all__ = ["PEERS", "SYSTEMS", "TEMPERATURE", "BackendRunner"]
 
 TEMPERATURE = 0.8  # of BackendRunner.generate
-PEERS = ("transformers", "transformers-static", "genai", "llama.cpp")
+PEERS = (
+    *("transformers", "transformers-static"),
+    *("genai", *GENAI_QUANTIZED),
+    *("llama.cpp", *LLAMA_CPP_QUANTIZED),
+)
+_INT8_LEVEL = 4  # an accuracy_level of ONNX Runtime's
 
 
 class BackendRunner:
@@ -148,7 +156,6 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
 
     torch.set_num_threads(setup.threads)
     import_s = time.perf_counter() - begin
-    tokenizer, tokenizer_phase = _load_tokenizer(setup.model)
     loaded = load_backend(
         setup.model,
         compile=compile,
@@ -159,6 +166,8 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
         prefill_len=setup.prefill_len,
     )
     backend, startup = loaded.backend, loaded.backend.startup
+    tokenizer, tokenizer_phase = _load_tokenizer(loaded.checkpoint.side_folder)
+    facts = {"cache_hit": startup.cache_hit} if compile else {}
     phases = {"import_s": import_s, "load_s": loaded.load_s, "warmup_s": startup.warmup_s}
     # Eagerly the first call compiles nothing; it is as much warm-up as the second.
     phases["compile_s" if compile else "first_call_s"] = startup.compile_s
@@ -166,7 +175,7 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
         backend,
         precision=setup.dtype,
         phases=phases | tokenizer_phase,
-        facts={"cache_hit": startup.cache_hit} if compile else {},
+        facts=facts | WeightSizes.of_checkpoint(loaded.checkpoint, setup.dtype).facts,
         tokenizer=tokenizer,
         count=_compiled_counts(backend, setup) if compile else lambda _: {},
     )
@@ -187,11 +196,11 @@ def _compiled_counts(backend: Any, setup: Setup) -> Callable[[int], dict[str, ob
     return count
 
 
-def _load_tokenizer(folder: str) -> tuple[Tokenizer | None, dict[str, float]]:
+def _load_tokenizer(folder: Path) -> tuple[Tokenizer | None, dict[str, float]]:
     """Loads a tokenizer as `llamac generate` does, and says how long it took."""
     begin = time.perf_counter()
     try:
-        tokenizer = load_tokenizer(Path(folder))
+        tokenizer = load_tokenizer(folder)
     except FileNotFoundError:  # ids are fed, so a checkpoint without one can be measured
         return None, {}
     return tokenizer, {"tokenizer_s": time.perf_counter() - begin}
@@ -211,7 +220,7 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
 
     import_s = time.perf_counter() - begin
     assert setup.artifact is not None
-    tokenizer, tokenizer_phase = _load_tokenizer(setup.artifact)
+    tokenizer, tokenizer_phase = _load_tokenizer(Path(setup.artifact))
     begin = time.perf_counter()
     manifest = open_bundle(setup.artifact)
     try:
@@ -225,6 +234,7 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
     phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
     precision = "float32" if provider == "cpu" else setup.dtype
     facts: dict[str, object] = {"onnxruntime": onnxruntime.__version__, **setup.options}
+    facts |= _packed_facts(manifest, target)
     return BackendRunner(
         backend,
         precision=precision,
@@ -232,6 +242,15 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
         facts=facts,
         tokenizer=tokenizer,
     )
+
+
+def _packed_facts(manifest: Manifest, target: str) -> dict[str, object]:
+    """Of a bundle with packed weights; others are of the graphs' dtype."""
+    levels = {graph.accuracy_level for graph in manifest.graphs if graph.target == target}
+    if levels == {None}:
+        return {}
+    rounding = {"activations": "int8"} if levels == {_INT8_LEVEL} else {}
+    return WeightSizes.of_bundle(manifest, target).facts | rounding
 
 
 def _export(setup: Setup, out: Path, *, provider: str, target: str) -> None:
@@ -275,10 +294,22 @@ def _torch(*, compile: bool) -> Callable[[Setup], Runner]:
     return lambda setup: _open_torch(setup, compile=compile)
 
 
+def _quantized(system: System) -> dict[str, System]:
+    """The same on the quantized checkpoint, by what is added to its name."""
+    return {
+        f"-{weights}": replace(system, weights=weights, on_quantized=True)
+        for weights in ("int8", "int4")
+    }
+
+
+_COMPILE, _ORT_CPU = System(open=_torch(compile=True), compiles=True), _ort("cpu", "cpu")
+
 SYSTEMS = {
     "eager": System(open=_torch(compile=False)),
-    "compile": System(open=_torch(compile=True), compiles=True),
-    "ort-cpu": _ort("cpu", "cpu"),
+    "compile": _COMPILE,
+    **{f"compile{end}": system for end, system in _quantized(_COMPILE).items()},
+    "ort-cpu": _ORT_CPU,
+    **{f"ort-cpu{end}": system for end, system in _quantized(_ORT_CPU).items()},
     # The graphs that TensorRT gets, of standard operators alone.
     "ort-cpu-standard": _ort("cpu", "tensorrt"),
     "ort-cuda": _ort("cuda", "cuda"),
@@ -286,5 +317,7 @@ SYSTEMS = {
     "transformers": TRANSFORMERS,
     "transformers-static": TRANSFORMERS_STATIC,
     "genai": GENAI,
+    **GENAI_QUANTIZED,
     "llama.cpp": LLAMA_CPP,
+    **LLAMA_CPP_QUANTIZED,
 }

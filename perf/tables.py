@@ -7,6 +7,7 @@ from typing import Any
 
 from ..runtime.memory import format_bytes
 from .systems import PEERS, TEMPERATURE
+from .weight_sizes import describe_precision, weights_of
 
 __all__ = ["PHASES", "count_of", "format_rate", "to_markdown"]
 
@@ -102,6 +103,7 @@ def _speed_table(results: list[dict[str, Any]]) -> list[str]:
     head = (
         "system",
         "precision",
+        "bits per weight",
         "batch",
         "prompt + new",
         "TTFT s",
@@ -123,7 +125,8 @@ def _speed_table(results: list[dict[str, Any]]) -> list[str]:
             rows.append(
                 [
                     result["name"],
-                    result["precision"],
+                    describe_precision(result),
+                    f"{result['bits_per_weight']:.2f}" if "bits_per_weight" in result else "-",
                     str(result["batch_size"]),
                     f"{case['prompt_len']} + {case['num_new']}",
                     f"{case['ttft_s']:.3g}",
@@ -169,7 +172,7 @@ def _sampled_table(results: list[dict[str, Any]]) -> list[str]:
             rows.append(
                 [
                     result["name"],
-                    result["precision"],
+                    describe_precision(result),
                     str(batch_size),
                     f"{case['prompt_len']} + {case['num_new']}",
                     f"{sampled['ttft_s']:.3g}",
@@ -191,7 +194,7 @@ def _sampled_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratio_table(results: list[dict[str, Any]]) -> list[str]:
-    """Ratios of medians, each of our systems over each peer of the same precision."""
+    """Ratios of medians, each of our systems over each peer whose weights are as precise."""
     timed = [
         (result, case) for result in results if result["status"] == "ok" for case in result["cases"]
     ]
@@ -216,7 +219,7 @@ def _ratio_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _sizes(result: dict[str, Any], case: dict[str, Any]) -> tuple[str, int, int, int]:
-    return result["precision"], result["batch_size"], case["prompt_len"], case["num_new"]
+    return weights_of(result), result["batch_size"], case["prompt_len"], case["num_new"]
 
 
 def _startup_table(results: list[dict[str, Any]]) -> list[str]:
@@ -262,7 +265,11 @@ def _sweep_table(max_seq_len: str, results: list[dict[str, Any]]) -> list[str]:
             continue
         times = {point["context"]: point["step_s"]["median"] for point in result["sweep"]}
         rows.append(
-            [result["name"], result["precision"], *(f"{1e3 * times[c]:.4g}" for c in contexts)]
+            [
+                result["name"],
+                describe_precision(result),
+                *(f"{1e3 * times[c]:.4g}" for c in contexts),
+            ]
         )
     head = (f"step ms, S = {max_seq_len}, live tokens:", "precision", *map(str, contexts))
     return _table(head, rows)
@@ -279,7 +286,7 @@ def _cold_start_table(results: list[dict[str, Any]]) -> list[str]:
         rows.append(
             [
                 result["name"],
-                result["precision"],
+                describe_precision(result),
                 f"{result['total_s']:.2f}",
                 *(_seconds(result["phases"].get(key)) for key in used),
                 format_bytes(result["peak_rss_bytes"]),

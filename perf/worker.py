@@ -58,6 +58,16 @@ class _Worker:
         write(setup, Path(request["out"]))
         return {"build_s": time.perf_counter() - begin}
 
+    def quantize(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Writes a quantized copy of a checkpoint."""
+        from ..model.checkpoint import open_checkpoint
+        from ..model.quantization import parse_recipe, quantize_checkpoint
+
+        begin = time.perf_counter()
+        checkpoint = open_checkpoint(request["setup"]["model"])
+        quantize_checkpoint(checkpoint, Path(request["out"]), parse_recipe(request["weights"]))
+        return {"build_s": time.perf_counter() - begin}
+
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         """Loads a system."""
         begin = time.perf_counter()

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.perf.artifacts import find_model
+from llamac.perf.artifacts import build_artifact, find_model
 from llamac.perf.plan import Entry, Plan
-from llamac.perf.reference import Reference, judge
+from llamac.perf.reference import Reference, judge, judge_quantized
 from llamac.runtime.compare import TOLERANCE
 
 pytestmark = pytest.mark.slow
@@ -140,3 +140,37 @@ def test_a_wrong_prediction_fails_whatever_rounding_does() -> None:
 
 def test_float32_has_one_tolerance() -> None:
     assert not judge(LOGITS, shifted(0.01), "float32", never).passed
+
+
+@pytest.mark.parametrize(
+    ("error", "rounding", "passed"),
+    [(0.25, 0.1, True), (0.35, 0.1, False), (0.05, 0.0, True), (0.15, 0.01, False)]
+    + [(0.9, 0.5, False)],
+)
+def test_a_peer_s_rounding_is_measured_by_ours(error: float, rounding: float, passed: bool) -> None:
+    verdict = judge_quantized(LOGITS, shifted(error), "int4", lambda: shifted(rounding))
+    assert verdict.passed == passed
+
+
+def test_a_peer_s_small_error_needs_no_quantized_copy() -> None:
+    assert judge_quantized(LOGITS, shifted(0.09), "int8", never).passed
+
+
+@pytest.mark.parametrize("system", ["compile-int8", "ort-cpu-int4"])
+def test_our_quantized_weights_are_held_to_themselves(
+    system: str, gate: tuple[Plan, Reference]
+) -> None:
+    """Against the unquantized ones the same logits are wrong."""
+    plan, reference = gate
+    plan = replace(plan, systems=(system,))
+    entry = Entry.of(plan, system, batch_size=1)
+    entry.setup, build_s = build_artifact(entry.setup, plan.cache, plan.logs)
+    assert build_s is not None
+    ready = entry.start(plan)
+    entry.result |= {key: ready[key] for key in ("precision", "facts")}
+    reference.check(entry)
+    assert (entry.result["status"], entry.result["weights"]) == ("ok", system[-4:])
+    entry.setup = replace(entry.setup, model=str(plan.model.folder))
+    reference.check(entry)
+    entry.close()
+    assert entry.result["status"] == "FAIL"

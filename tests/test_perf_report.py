@@ -177,10 +177,10 @@ def test_a_wrong_system_gets_no_number() -> None:
     run["systems"][1] |= {"precision": "float32", "cases": [case([0.1], [[0.123456, 0.123456]])]}
     summarize(run)
     text = to_markdown(run)
-    assert lines_of(text, "eager") == [["eager", "FAIL"] + [""] * 10]
+    assert lines_of(text, "eager") == [["eager", "FAIL"] + [""] * 11]
     assert "**eager: FAIL**: wrong logits: all" in text
     assert "123.5" not in text
-    assert lines_of(text, "genai") == [["genai", "skipped"] + [""] * 10]
+    assert lines_of(text, "genai") == [["genai", "skipped"] + [""] * 11]
     assert "**genai: skipped**: pip install it" in text
 
 
@@ -193,6 +193,7 @@ def test_the_table_says_what_was_measured() -> None:
     assert speed == [
         "compile",
         "float32",
+        "-",
         "1",
         "4 + 3",
         "0.5",
@@ -226,6 +227,49 @@ def test_ratios_are_of_one_precision() -> None:
     assert " / llama.cpp" not in to_markdown(run)
 
 
+def make_quantized_run() -> dict[str, Any]:
+    """Ours in 4 and in 8 bits beside peers of both; a step takes ours half of the time."""
+
+    def quantized(name: str, weights: str, step_s: float, **facts: Any) -> dict[str, Any]:
+        sizes = {"weight_bytes": 255, "lookup_bytes": 80}
+        times = case([0.5], [[step_s, step_s]])
+        return system(name, weights=weights, cases=[times], facts=sizes | facts)
+
+    ours = [quantized(f"compile-{weights}", weights, 0.2) for weights in ("int8", "int4")]
+    peers = {"llama.cpp-q8_0": "int8", "llama.cpp-q4_0": "int4", "llama.cpp-q4_k_m": "int4"}
+    peers |= {"genai-int4": "int4"}
+    dense = system("llama.cpp", cases=[case([0.5], [[0.4, 0.4]])])
+    others = [
+        quantized(name, weights, 0.4, cache_dtype="float16") for name, weights in peers.items()
+    ]
+    return make_run(systems=[*ours, dense, *others])
+
+
+def test_the_limit_of_quantized_weights_is_of_their_measured_bytes() -> None:
+    run = make_quantized_run()
+    summarize(run)
+    ours, peer = run["systems"][1], run["systems"][4]
+    assert ours["bits_per_weight"] == 6.0  # 255 bytes, 340 weights
+    # 175 bytes but the table's, one of its 10 rows; 5 live rows of 32 or 16 bytes; logits 40 bytes.
+    assert ours["cases"][0]["decode_bytes"] == 175 + 8 + 160 + 40
+    assert peer["cases"][0]["decode_bytes"] == 175 + 8 + 80 + 40
+    row = lines_of(to_markdown(run), "compile-int4")[0]
+    assert row[1:3] == ["int4, float32", "6.00"]
+
+
+def test_quantized_systems_are_compared_with_peers_of_as_many_bits() -> None:
+    run = make_quantized_run()
+    summarize(run)
+    lines = [line for line in to_markdown(run).splitlines() if " / " in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(row[0], row[1], row[5]) for row in cells] == [
+        ("compile-int8 / llama.cpp-q8_0", "int8", "2.00"),
+        ("compile-int4 / llama.cpp-q4_0", "int4", "2.00"),
+        ("compile-int4 / llama.cpp-q4_k_m", "int4", "2.00"),
+        ("compile-int4 / genai-int4", "int4", "2.00"),
+    ]
+
+
 def test_a_busy_machine_is_named() -> None:
     run = make_timed_run()
     run["machine"]["load_average"] = 1.5
@@ -240,7 +284,7 @@ def test_a_single_new_token_has_no_step_time() -> None:
     run = make_run(systems=[system("compile", cases=[case([0.5, 0.5], [[], []])])])
     summarize(run)
     assert "tpot_s" not in run["systems"][0]["cases"][0]
-    assert lines_of(to_markdown(run), "compile")[0][7:11] == ["-", "-", "-", "-"]
+    assert lines_of(to_markdown(run), "compile")[0][8:12] == ["-", "-", "-", "-"]
 
 
 def test_replays_are_a_remark() -> None:

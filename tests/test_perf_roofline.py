@@ -12,7 +12,8 @@ import torch
 from llamac.model.config import LlamaConfig
 from llamac.model.linear import STORAGE_DTYPES
 from llamac.perf.limit_probe import LimitProbe, ProbeSize
-from llamac.perf.roofline import Limits, Work, decode_work, prefill_work
+from llamac.perf.roofline import Limits, Work, bits_per_weight, decode_work, prefill_work
+from llamac.perf.weight_sizes import WeightSizes
 
 # A layer's matrices have q 16 + k 8 + v 8 + o 16 + 3 x 24 = 120 elements, its norms 8: two layers
 # are 256. With the last norm's 4, the embedding's 40 and the head's 40 the model has 340.
@@ -68,6 +69,18 @@ def test_a_tied_head_reads_the_whole_embedding_once() -> None:
     work = decode_work(tied, item_bytes=2, batch_size=1, context=0, max_seq_len=8)
     assert work.weight_bytes == 600
     assert work.flops == 592
+
+
+def test_measured_weights_count_but_for_the_rows_of_the_table_that_are_not_read() -> None:
+    sizes = WeightSizes.of(
+        {"model.embed_tokens.weight": 80, "lm_head.weight_packed": 20, "model.norm.weight": 8}
+    )
+    assert sizes == WeightSizes(weight_bytes=108, lookup_bytes=80)
+    assert bits_per_weight(CONFIG, sizes) == pytest.approx(8 * 108 / 340)
+    work = decode_work(CONFIG, item_bytes=2, batch_size=3, context=5, max_seq_len=8, weights=sizes)
+    assert (work.weight_bytes, work.live_kv_bytes) == (28 + 24, 288)
+    tied = WeightSizes.of({"token_embd.weight": 80, "output_norm.weight": 8})
+    assert tied == WeightSizes(weight_bytes=88, lookup_bytes=0)
 
 
 def test_a_full_cache_wastes_nothing() -> None:

@@ -14,10 +14,12 @@ import torch
 from conftest import TOLERANCE
 from numpy.typing import NDArray
 
+from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.compiled.torch_backend import TorchBackend
 from llamac.model.config import LlamaConfig
 from llamac.model.llama import rotate
+from llamac.model.quantization import parse_recipe, quantize_checkpoint
 from llamac.model.tables import rope_tables
 from llamac.perf.llama_cpp_peer import permute_rope
 from llamac.perf.setup import Runner, Setup
@@ -59,7 +61,7 @@ def make_setup(checkpoint: Path, system: str, **sizes: int) -> Setup:
 
 def open_system(checkpoint: Path, system: str, folder: Path) -> Runner:
     """A system with its artifact, in this process; skips the test where it isn't installed."""
-    setup = make_setup(checkpoint, system, batch_size=1 if system == "genai" else 2)
+    setup = make_setup(checkpoint, system, batch_size=1 if system.startswith("genai") else 2)
     chosen = SYSTEMS[system]
     try:
         if chosen.build is not None:
@@ -103,6 +105,50 @@ def test_systems_compute_the_same(
     np.testing.assert_array_equal(logits.argmax(axis=-1), expected.argmax(axis=-1))
     rtol, atol = TOLERANCE["float32"]
     np.testing.assert_allclose(logits, expected, rtol=rtol, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "int4"
+    quantize_checkpoint(open_checkpoint(checkpoint), folder, parse_recipe("int4"))
+    return folder
+
+
+@pytest.mark.parametrize("system", ["eager", "ort-cpu"])
+def test_a_quantized_folder_says_what_its_weights_take(
+    system: str, quantized: Path, tmp_path: Path
+) -> None:
+    """Two layers: 4 bits and 2 of a scale for each 32 columns, 8 where they matter most."""
+    facts = open_system(quantized, system, tmp_path / "artifact").facts
+    table_bytes = 4 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert facts["lookup_bytes"] == table_bytes
+    stored = (quantized / "model.safetensors").stat().st_size
+    assert 0.8 * stored < facts["weight_bytes"] < stored  # but for the header and the shapes
+    assert facts.get("activations") == ("int8" if system == "ort-cpu" else None)
+
+
+@pytest.mark.parametrize("system", ["genai-int4", "genai-int8", "llama.cpp-q8_0", "llama.cpp-q4_0"])
+def test_quantized_peers_are_built_and_run(
+    system: str, checkpoint: Path, expected: NDArray[np.float32], tmp_path: Path
+) -> None:
+    runner = open_system(checkpoint, system, tmp_path / "artifact")
+    assert runner.precision == "float32"
+    assert not list(tmp_path.glob("tmp*"))
+    weight_bytes = runner.facts["weight_bytes"]
+    assert isinstance(weight_bytes, int)
+    assert weight_bytes < sum(path.stat().st_size for path in (tmp_path / "artifact").iterdir())
+    logits = run_steps(runner, 1 if system.startswith("genai") else 2)
+    assert logits.shape[2] == CONFIG.vocab_size
+    for row, right in zip(logits[:, 0], expected[:, 0], strict=True):
+        assert np.corrcoef(row, right)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("system", ["genai-int4", "llama.cpp-q4_0"])
+def test_peers_quantize_what_is_not_quantized(system: str, quantized: Path, tmp_path: Path) -> None:
+    build = SYSTEMS[system].build
+    assert build is not None
+    with pytest.raises(BackendUnavailableError, match="aren't quantized|is not installed"):
+        build(make_setup(quantized, system), tmp_path / "artifact")
 
 
 def test_transformers_seeks_with_rows_of_zeros(checkpoint: Path, tmp_path: Path) -> None:
