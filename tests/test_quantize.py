@@ -220,7 +220,9 @@ def test_the_recipes_bits(tmp_path: Path):
     eight = {name for name, form in forms.items() if form.bits == 8}
     layers = (0, 1, 4, 7, 10, 13, 14, 15)  # the first and last eighth and every third
     assert eight == {HEAD} | {
-        f"model.layers.{i}.{name}" for i in layers for name in ("self_attn.v_proj", "mlp.down_proj")
+        f"model.layers.{i}.{name}"
+        for i in layers
+        for name in (*(f"self_attn.{letter}_proj" for letter in "qkv"), "mlp.down_proj")
     }
     assert {form.group_size for form in forms.values() if form.bits == 4} == {32}
     assert "model.embed_tokens" not in forms

@@ -17,9 +17,9 @@ RECIPES = "int4, int8, or with a group size as in int4-g64"
 _DEFAULT_GROUPS = {4: 32, 8: 128}
 _GROUPS = (128, 64, 32, 16)
 # What a wrong value of costs most, in the layers where it does; llama.cpp's Q4_K_M spends its bits
-# there.
-_SENSITIVE = ("self_attn.v_proj", "mlp.down_proj")
-_HEAD = "lm_head"
+# there; q and k follow v, because vLLM computes the three as one product of one kind.
+_SENSITIVE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+_HEAD, _HEAD_GROUP = "lm_head", 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,8 @@ class Recipe:
                 continue
             bits = 8 if self.bits == 4 and _is_sensitive(module, config) else self.bits
             largest = self.group_size if bits == self.bits else _DEFAULT_GROUPS[bits]
+            if module == _HEAD:
+                largest = min(largest, _HEAD_GROUP)
             group = next((g for g in _GROUPS if g <= largest and shape[1] % g == 0), None)
             if group is not None:
                 found[module] = PackedFormat(bits=bits, group_size=group, scale_dtype=scale_dtype)

@@ -68,9 +68,8 @@ def quantize_checkpoint(
 ) -> tuple[QuantizedKind, ...]:
     """Writes a Hugging Face folder of packed weights, with all that is beside them.
 
-    It is compressed-tensors' pack-quantized, which transformers reads, and vLLM where q, k and v,
-    which it fuses, have the same bits. A tied head becomes a packed one of its own beside the
-    embedding, which has no packed form that others read.
+    It is compressed-tensors' pack-quantized, which transformers and vLLM read. A tied head becomes
+    a packed one of its own beside the embedding, which has no packed form that others read.
 
     Args:
         checkpoint: Of any format; packed weights are unpacked first.
@@ -283,7 +282,9 @@ def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
         for path in sorted(paths)
         if path.is_file()
     ]
-    return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr(facts))}"
+    config = checkpoint.config
+    forms = sorted(recipe.formats(config, weight_shapes(config)).items())  # the recipe may change
+    return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr((facts, forms)))}"
 
 
 def _digest(text: str) -> str:
