@@ -29,7 +29,7 @@ PROMPTS = (
 SEEDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=["stories260K", "demo", "int4", "int8"])
+@pytest.fixture(scope="module", params=["stories260K", "demo", "int4"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "demo":
         return DEMO_FOLDER
