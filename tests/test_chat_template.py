@@ -98,8 +98,14 @@ def folder(library, tmp_path):
     return write
 
 
+# A comment; a template without the word is refused.
+NAMED = "{# messages #}"
+
+
 def render(folder, template, messages=CONVERSATION, **options):
-    return ChatTemplate.load(folder(chat_template=template)).render(messages, **options)
+    is_named = isinstance(template, list) or "messages" in template
+    source = template if is_named else NAMED + template
+    return ChatTemplate.load(folder(chat_template=source)).render(messages, **options)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -137,7 +143,7 @@ def test_a_message_is_never_read_as_a_template(folder, content):
 
 
 def test_the_default_of_several_templates(folder):
-    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": NAMED + "d"}]
     assert render(folder, several) == "d"
     with pytest.raises(ValueError, match=r"\['tool_use'\], none named default"):
         render(folder, several[:1])
@@ -145,13 +151,13 @@ def test_the_default_of_several_templates(folder):
 
 def test_a_template_file_of_the_checkpoint_wins_over_its_config(folder):
     where = folder(chat_template="config")
-    (where / "chat_template.jinja").write_text("file é", encoding="utf-8")
+    (where / "chat_template.jinja").write_text(f"{NAMED}file é", encoding="utf-8")
     assert ChatTemplate.load(where).render([]) == "file é"
 
 
 def test_a_given_file_wins(folder, tmp_path):
     mine = tmp_path / "mine.jinja"
-    mine.write_text("{{ bos_token }}{{ eos_token }}mine")
+    mine.write_text(NAMED + "{{ bos_token }}{{ eos_token }}mine")
     assert ChatTemplate.load(folder(chat_template="x"), mine).render([]) == BOS + EOS + "mine"
 
 
@@ -160,7 +166,7 @@ def test_tokens_come_from_the_tokenizer_where_no_file_names_them(folder, tmp_pat
     (where / "tokenizer_config.json").unlink()
     (where / "config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": [257]}))
     mine = tmp_path / "mine.jinja"
-    mine.write_text("{{ bos_token }}-{{ eos_token }}")
+    mine.write_text(NAMED + "{{ bos_token }}-{{ eos_token }}")
     assert ChatTemplate.load(where, mine).render([]) == f"{BOS}-{EOS}"
 
 
@@ -222,10 +228,11 @@ def test_a_template_that_does_not_compile_names_the_line(folder):
         render(folder, "a\n{% if %}")
 
 
-def test_an_empty_template_is_refused(folder):
-    """A template of spaces made every conversation the same prompt."""
-    with pytest.raises(ValueError, match="the chat template is empty; give another"):
-        render(folder, " \n")
+@pytest.mark.parametrize("source", ["", " \n", "../x", "{{ bos_token }}"])
+def test_a_template_without_the_messages_is_refused(folder, source):
+    """It made every conversation the same prompt."""
+    with pytest.raises(ValueError, match="the chat template never writes the messages; give"):
+        ChatTemplate.load(folder(chat_template=source))
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,8 @@ class ChatTemplate:
             limits: Of each rendering and of compiling.
 
         Raises:
-            ValueError: It is empty or does not compile.
+            ValueError: It does not compile.
         """
-        if not source.strip():
-            raise ValueError("the chat template is empty; give another with --chat-template")
         self.source, self.tokens = source, tokens
         self._process = _Process(limits=limits or RenderLimits())
         weakref.finalize(self, self._process.end)
@@ -91,10 +89,16 @@ class ChatTemplate:
 
         Raises:
             FileNotFoundError: template_file is missing, or there is no tokenizer in the folder.
-            ValueError: The checkpoint has no template, or it does not compile.
+            ValueError: The checkpoint has no template, or it does not compile, or leaves out what is
+                said.
         """
         folder = Path(folder)
         source = _read_template(template_file) if template_file else _find_template(folder)
+        if "messages" not in source:
+            raise ValueError(
+                f"{template_file or folder}: the chat template never writes the messages; give "
+                "another with --chat-template"
+            )
         tokens = special_texts(folder)
         if not {"bos_token", "eos_token"} <= tokens.keys():
             # Folders without HF's files name their tokens in the tokenizer alone.
