@@ -634,6 +634,7 @@ def test_no_bos_and_no_prompt(refused, damaged: Path):
 def test_an_option_that_is_unknown_points_at_its_command(refused, tiny: Path):
     refused("unrecognized arguments: --top_p; see llamac generate --help", *eager(tiny, "--top_p"))
     refused("--top-p has the value '--'; give another", *eager(tiny, "--top-p=--"))
+    refused("-n has the value '--'; give another", *eager(tiny, "-n=--"))
     refused("unrecognized arguments: --taget=cpu; see llamac chat", "chat", "--taget=cpu")
 
 
@@ -684,8 +685,11 @@ def test_a_turn_reuses_the_rows_of_the_turns_before(run, tiny: Path, monkeypatch
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% if tools %}{{ tools }}{% endif %}", "writes nothing for these messages; give another"),
-        ("{{ '\\ud800' }}", "failed: the text is not UTF-8: character 0 is U\\+D800"),
+        (
+            "{# messages #}{% if tools %}{{ tools }}{% endif %}",
+            "writes nothing for these messages; give another",
+        ),
+        ("{# messages #}{{ '\\ud800' }}", "failed: the text is not UTF-8: character 0 is U\\+D800"),
     ],
 )
 def test_a_template_that_writes_no_prompt(

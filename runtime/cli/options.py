@@ -48,7 +48,7 @@ def parse_words(words: Sequence[str], run: Mapping[str, Command]) -> argparse.Na
     """
     parser, commands = _build_parser(run)
     for word in words:  # argparse would take the value for the end of the options
-        if word.startswith("--") and word.endswith("=--"):
+        if word.startswith("-") and word.endswith("=--"):
             parser.error(f"{word[:-3]} has the value '--'; give another")
     args, rest = parser.parse_known_args(words)
     # argparse gives up on positional words that come after an option.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..backend import StepInputs
 from ..bundle.manifest import GraphFile
 from .buffers import ONNX_TYPES, CacheBuffers, allocate
-from .providers import named_errors
+from .providers import named_errors, quiet_run_options
 
 __all__ = ["BoundGraph"]
 
@@ -47,6 +47,7 @@ class BoundGraph:
         logits_shape = (graph.batch, graph.logits, vocab_size)
         self._logits = allocate(logits_shape, "float32", device_id=device_id)
         num_slots = cache.shape[0] // graph.batch
+        self._options = quiet_run_options()
         with named_errors(self._name):
             self._bindings = [self._bind(cache, slot, graph.batch) for slot in range(num_slots)]
 
@@ -62,7 +63,8 @@ class BoundGraph:
         for name, buffer in self._inputs.items():
             buffer.write(getattr(inputs, name))
         with named_errors(self._name):
-            self._session.run_with_iobinding(self._bindings[int(inputs.slots[0])])
+            binding = self._bindings[int(inputs.slots[0])]
+            self._session.run_with_iobinding(binding, self._options)
         return self._logits.read()[:, 0]
 
     def _bind(self, cache: CacheBuffers, slot: int, batch: int) -> Any:

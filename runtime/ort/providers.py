@@ -29,6 +29,7 @@ __all__ = [
     "open_session",
     "provider_libraries",
     "provider_problem",
+    "quiet_run_options",
 ]
 
 PROVIDERS = {
@@ -47,7 +48,7 @@ _PIP = {
 }
 _CUDA_PIP = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
-_LOG_ERRORS = 3
+_LOG_ERRORS, _LOG_FATAL_ERRORS = 3, 4
 _SOURCE_PLACE = re.compile(r"^/onnxruntime_src/\S+:\d+ .*?\)(?: const)? ")
 _MAX_REASON = 4000  # characters: the longest seen name every node of a graph
 
@@ -185,6 +186,15 @@ def open_session(path: Path, options: SessionOptions) -> Any:
     if options.provider != "cpu":
         _check_assignment(session, path, options.provider)
     return session
+
+
+def quiet_run_options() -> Any:
+    """onnxruntime.RunOptions of runs whose errors are raised alone, not printed as well."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.log_severity_level = _LOG_FATAL_ERRORS
+    return options
 
 
 @contextlib.contextmanager

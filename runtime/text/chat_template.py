@@ -89,8 +89,8 @@ class ChatTemplate:
 
         Raises:
             FileNotFoundError: template_file is missing, or there is no tokenizer in the folder.
-            ValueError: The checkpoint has no template, or it does not compile, or leaves out what is
-                said.
+            ValueError: The checkpoint has no template, or it does not compile, or never writes the
+                messages.
         """
         folder = Path(folder)
         source = _read_template(template_file) if template_file else _find_template(folder)
