@@ -41,6 +41,7 @@ class Piece:
         file: The file that holds it.
         key: The file's name for it.
         rows: First and last + 1 row taken of the stored tensor; None takes all.
+        columns: The same of the columns, after the conversion.
         target: First index filled in the HF tensor, one per dimension; None is the origin.
         interleaved_head_dim: D if RoPE's pairs lie side by side in each head's rows (Meta's
             layout); they are moved D/2 apart (HF's layout) while reading.
@@ -52,6 +53,7 @@ class Piece:
     file: TensorFile
     key: str
     rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
     target: tuple[int, ...] | None = None
     interleaved_head_dim: int | None = None
     conversion: Conversion | None = None
@@ -69,6 +71,8 @@ class Piece:
             return ()
         first, last = self.rows or (0, self.entry.shape[0])
         row_shape = self.entry.shape[1:] if self.conversion is None else self.conversion.row_shape
+        if self.columns is not None:
+            row_shape = (self.columns[1] - self.columns[0], *row_shape[1:])
         return (last - first, *row_shape)
 
     @property
@@ -84,7 +88,12 @@ class Piece:
     @property
     def is_as_stored(self) -> bool:
         """Whether the file's bytes are the whole tensor's, in HF's layout."""
-        changed = self.rows, self.target, self.interleaved_head_dim, self.conversion
+        return self.rows is None and self.is_contiguous
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether neighbouring bytes of the file are the whole tensor's, in HF's layout."""
+        changed = self.columns, self.target, self.interleaved_head_dim, self.conversion
         return all(change is None for change in changed)
 
     @property
@@ -103,6 +112,8 @@ class Piece:
             part = self.file.rows(self.entry, start, min(start + step, last))
             if self.conversion is not None:
                 part = self.conversion.apply(part)
+            if self.columns is not None:
+                part = part[:, slice(*self.columns)]
             if head_dim is not None:
                 part = _uninterleave(part, head_dim)
             origin = (self.origin[0] + start - first, *self.origin[1:])
@@ -204,10 +215,12 @@ class Merged:
     Attributes:
         part: Of the weight as stored.
         change: Of the whole weight.
+        begin: Row and column of the whole weight where the HF tensor begins that the part is of.
     """
 
     part: Part
     change: LowRank
+    begin: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
@@ -253,7 +266,8 @@ class Merged:
         """Reads the part's blocks and adds what changes there."""
         left, right = self.change.factors()
         for (rows, columns), block in self.part.read():
-            change = left[rows], right[:, columns]
+            first, start = rows.start + self.begin[0], columns.start + self.begin[1]
+            change = left[first : first + len(block)], right[:, start : start + block.shape[1]]
             yield (rows, columns), torch.addmm(block.float(), *change, alpha=self.change.scale)
             del block  # unmapped before the next is mapped
 

@@ -104,11 +104,11 @@ class Checkpoint:
             ValueError: The file is shorter than when it was opened.
         """
         piece, *more = [piece for piece in self.pieces if piece.name == name]
-        if more or not isinstance(piece, Piece) or not piece.is_as_stored:
+        if more or not isinstance(piece, Piece) or not piece.is_contiguous:
             return None
         if getattr(torch, piece.dtype) != dtype:
             return None
-        return piece.file.rows(piece.entry, 0, piece.shape[0])
+        return piece.file.rows(piece.entry, *(piece.rows or (0, piece.shape[0])))
 
 
 def weight_shapes(
