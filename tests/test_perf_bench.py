@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_gguf
+from safetensors.torch import load_file
 
 from llamac.export.bundle import export_bundle
 from llamac.model.checkpoint import open_checkpoint
@@ -262,3 +264,20 @@ def test_a_folder_may_be_a_bundle(tmp_path: Path) -> None:
     assert model.bundle == tmp_path / "bundle"
     with pytest.raises(ValueError, match="batch size 2 and max_seq_len 32; --sweep"):
         bench.main(["--model", str(tmp_path / "bundle"), "--sweep", "32"])
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_measured_as_it_is(tmp_path: Path) -> None:
+    config = replace(CONFIG, intermediate_size=64)
+    weights = load_file(write_model(tmp_path / "model", config=config) / "model.safetensors")
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, weights, kinds=("Q8_0",))
+    words = ["--model", str(path), *SIZES, "--prompt-len", "6", "--new-tokens", "4", "--no-charts"]
+    for system in ("ort-cpu", "transformers", "genai"):
+        words += ["--backend", system]
+    assert bench.main([*words, "--json", str(tmp_path / "out")], probe_size=PROBE_SIZE) == 0
+    ours, *peers = read_run(tmp_path / "out")["systems"]
+    assert ours["status"] == "ok"
+    assert 8 < ours["bits_per_weight"] < 10  # 8 and 16 of a scale for each 32, and the norms
+    assert ours["facts"]["activations"] == "int8"
+    assert [peer["status"] for peer in peers] == ["skipped"] * 2
