@@ -101,7 +101,8 @@ class Reference:
         entry.result["check"] = {"errors": errors, "message": message}
 
     def _judge(self, entry: Entry, passage: _Passage, logits: NDArray[np.float32]) -> Comparison:
-        system, model = SYSTEMS[entry.setup.system], entry.setup.model
+        system = SYSTEMS[entry.setup.system]
+        model = entry.setup.model if system.on_quantized else self._setup.model
         expected = self._expect(passage, model, "float32")
         weights = system.weights
         if weights is not None and not system.on_quantized:
