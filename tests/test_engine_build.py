@@ -51,7 +51,7 @@ def export_variant(folder: Path, variant: str) -> Manifest:
 def assert_built(manifest: Manifest) -> None:
     results = build_engines(manifest)
     assert [result.file for result in results] == [graph.file for graph in manifest.graphs]
-    assert len(results) == 2
+    assert len(results) >= 2
     for result in results:
         assert result.problems == ()
         assert result.passed

@@ -26,6 +26,7 @@ DECODE = GraphFile(
     logits=1,
     dtype="float16",
     ops={},
+    accuracy_level=None,
 )
 PREFILL = replace(DECODE, role="prefill", file="tensorrt-prefill-12.onnx", batch=1, tokens=12)
 

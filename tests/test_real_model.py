@@ -155,12 +155,6 @@ def test_bundle_text_of_the_gguf_file(
     assert greedy(OrtBackend(out), prompts) == expected
 
 
-def test_compiled_text(folder: Path, prompts: list[list[int]], expected: list[list[int]]):
-    from llamac.model.load import load_backend
-
-    assert greedy(load_backend(folder, **SIZES).backend, prompts) == expected
-
-
 def test_bundle_text(
     folder: Path, prompts: list[list[int]], expected: list[list[int]], tmp_path: Path, run
 ):
