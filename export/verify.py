@@ -283,7 +283,7 @@ def _quality(
     if original is None or len(text_ids) < 2:
         return None
     found = replay(backend, group)
-    return measure_quality(original[:-1], found[:-1], np.array(text_ids[1:]))
+    return measure_quality(original[:-1], found[:-1], text_ids[1:])
 
 
 def _compare_group(

@@ -6,7 +6,7 @@ The bundle's verification and the benchmark ask this of every backend before any
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,14 +102,16 @@ class Quality:
 
 
 def measure_quality(
-    original: NDArray[np.float32], logits: NDArray[np.float32], next_ids: NDArray[np.int64]
+    original: Iterable[NDArray[np.float32]],
+    logits: Iterable[NDArray[np.float32]],
+    next_ids: Sequence[int],
 ) -> Quality:
     """Compares a quantized model's predictions of a text with those of the model it was made of.
 
     Args:
-        original: [N, V] float32, the original's logits.
-        logits: [N, V] float32.
-        next_ids: [N] int64, the id that follows each.
+        original: N rows [V] float32, the original's logits.
+        logits: N rows [V] float32.
+        next_ids: The N ids that follow.
 
     Returns:
         The measurement.
@@ -120,7 +122,7 @@ def measure_quality(
         kl += float((np.exp(expected) * (expected - found)).sum())
         agrees += int(expected_row.argmax()) == int(row.argmax())
         ratio += float(expected[next_id] - found[next_id])
-    count = len(logits)
+    count = len(next_ids)
     return Quality(
         num_predictions=count,
         mean_kl_nats=kl / count,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -57,13 +58,12 @@ def score_text(
         sequence = prefix + ids[begin : begin + window]
         if len(sequence) < 2:
             continue
-        rows = np.stack(list(_logits(model.backend, sequence)))
-        following = np.array(sequence[1:])
-        logprobs = [log_softmax(row)[i] for row, i in zip(rows, following, strict=True)]
-        scored.extend(zip(sequence[1:], map(float, logprobs), strict=True))
-        if reference is not None:
-            expected = np.stack(list(_logits(reference.backend, sequence)))
-            compared.append(measure_quality(expected, rows, following))
+        rows = _noted(_logits(model.backend, sequence), sequence[1:], scored)
+        if reference is None:
+            deque(rows, maxlen=0)
+        else:
+            expected = _logits(reference.backend, sequence)
+            compared.append(measure_quality(expected, rows, sequence[1:]))
     if not scored:
         raise ValueError(f"the text has {len(ids)} tokens; scoring needs at least 2")
     mean = sum(logprob for _, logprob in scored) / len(scored)
@@ -104,6 +104,15 @@ def _check_sizes(model: LanguageModel, reference: LanguageModel) -> None:
         ours, other = (getattr(one.backend.shape, name) for one in (model, reference))
         if ours != other:
             raise ValueError(f"{name} is {ours}, of --against {other}; compare models of one shape")
+
+
+def _noted(
+    rows: Iterator[NDArray[np.float32]], ids: list[int], scored: list[tuple[int, float]]
+) -> Iterator[NDArray[np.float32]]:
+    """Passes rows on, one in memory at a time, noting the log-probability of each one's id."""
+    for row, token_id in zip(rows, ids, strict=True):
+        scored.append((token_id, float(log_softmax(row)[token_id])))
+        yield row
 
 
 def _logits(backend: Any, sequence: list[int]) -> Iterator[NDArray[np.float32]]:

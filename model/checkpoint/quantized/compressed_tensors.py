@@ -105,12 +105,7 @@ def _read_packed(modules: Modules, module: str, num_rows: int, width: int) -> No
     group_size = width // num_groups
     raw = modules.take_words(module, "weight_packed", (num_rows, width * bits // 8))
     scale = modules.take(module, "weight_scale", shape=(num_rows, num_groups), dtypes=SCALE_DTYPES)
-    order = None
-    if modules.find(module, "weight_g_idx") is not None:
-        groups = modules.take(module, "weight_g_idx", shape=(width,), dtypes=("int32", "int64"))
-        order = modules.order_of(module, groups, group_size)
-        if order is not None:
-            modules.add_order(module, groups, order)
+    order = modules.read_order(module, "weight_g_idx", group_size)
     if order is None:
         modules.keep(module, "weight_packed", raw)
     else:

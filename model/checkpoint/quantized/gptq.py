@@ -51,12 +51,7 @@ def _read(
     words = modules.num_words(module, num_rows, bits)
     zeros = modules.take(module, "qzeros", shape=(num_groups, words), dtypes=("int32",))
     scales = modules.take(module, "scales", shape=(num_groups, num_rows), dtypes=SCALE_DTYPES)
-    order = None
-    if modules.find(module, "g_idx") is not None:
-        group_of = modules.take(module, "g_idx", shape=(width,), dtypes=("int32", "int64"))
-        order = modules.order_of(module, group_of, group_size)
-        if order is not None:
-            modules.add_order(module, group_of, order)
+    order = modules.read_order(module, "g_idx", group_size)
     groups = (num_rows, num_groups)
 
     def points(stored: Tensor) -> Tensor:  # [N, K / g]

@@ -197,12 +197,12 @@ class Modules:
             raise ValueError(f"{module}: {error}") from None
         self._packed[module] = form
 
-    def order_of(self, module: str, groups: Piece, group_size: int) -> Tensor | None:
-        """Reads which group each column belongs to.
+    def read_order(self, module: str, part: str, group_size: int) -> Tensor | None:
+        """Takes the group of each column, and adds the order that columns are stored in, if any.
 
         Args:
-            module: Its name, for the message.
-            groups: [K] int32, the group of each column.
+            module: Its name.
+            part: The name of the groups, [K] integers; it may be missing.
             group_size: Columns of a group.
 
         Returns:
@@ -211,25 +211,22 @@ class Modules:
         Raises:
             ValueError: A group has another number of columns.
         """
-        found = self.values(groups).long()
-        if bool((found == -1).all()):
+        if self.find(module, part) is None:
             return None
-        wanted = torch.arange(len(found)) // group_size
+        width = self.size(module)[1]
+        groups = self.take(module, part, shape=(width,), dtypes=("int32", "int64"))
+        found = self.values(groups).long()
+        wanted = torch.arange(width) // group_size
+        if bool((found == -1).all()) or torch.equal(found, wanted):
+            return None
         order = torch.argsort(found, stable=True)
         if not torch.equal(found[order], wanted):
             raise ValueError(f"{module}: its groups don't have {group_size} columns each")
-        return None if torch.equal(found, wanted) else order.to(torch.int32)
-
-    def add_order(self, module: str, groups: Piece, order: Tensor) -> None:
-        """Adds the order that columns are stored in."""
+        order = order.to(torch.int32)
         self.compute(
-            module,
-            "weight_order",
-            [groups],
-            lambda _: order,
-            shape=tuple(order.shape),
-            dtype="int32",
+            module, "weight_order", [groups], lambda _: order, shape=(width,), dtype="int32"
         )
+        return order
 
     def finish(self) -> tuple[list[Part], dict[str, PackedFormat]]:
         """Returns all parts, those that no reader took as they are, and how weights are packed."""
