@@ -89,23 +89,17 @@ options = engines.provider_options(graph)
 name, _, value = change.partition("=")
 if name:
     options[name] = value
-try:
-    open_session(
-        engines.model_path(manifest, graph),
-        SessionOptions(provider="tensorrt", provider_options=options),
-    )
-except Exception as error:
-    raise SystemExit(f"{type(error).__name__}: {error}")
+open_session(
+    engines.model_path(manifest, graph),
+    SessionOptions(provider="tensorrt", provider_options=options),
+)
 """
 OPEN_BACKEND = """
 import sys
 from pathlib import Path
 from llamac.runtime.ort.ort_backend import OrtBackend
 bundle, provider, device_id, cache = sys.argv[1:]
-try:
-    OrtBackend(bundle, provider=provider, device_id=int(device_id), engine_cache=Path(cache))
-except Exception as error:
-    raise SystemExit(f"{type(error).__name__}: {error}")
+OrtBackend(bundle, provider=provider, device_id=int(device_id), engine_cache=Path(cache))
 """
 
 
