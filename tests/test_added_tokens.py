@@ -192,6 +192,7 @@ def test_special_texts_in_a_prompt(folder):
         ({"legacy": 0}, "legacy is 0"),
         ({"add_prefix_space": [], "tokenizer_class": "LlamaTokenizer"}, "add_prefix_space is"),
         ({"bos_token": {}}, "bos_token is {}; it must be a text, null or an object"),
+        ({"unk_token": "\ud800"}, r"unk_token is '.ud800'; it holds half a character"),
         ({"eos_token": 2}, "eos_token is 2"),
         ({"eos_token": ["</s>"]}, "eos_token is"),
         ({"tokenizer_class": 5}, "tokenizer_class is 5"),

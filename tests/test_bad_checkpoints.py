@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.build import build_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig
+from llamac.model.packed import PackedFormat
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -455,3 +457,11 @@ def test_finds_a_model_in_the_local_cache(
     assert open_checkpoint("org/tiny-llama").tensors == checkpoint.tensors
     (repo / "refs" / "main").write_text("../../../..")
     refused(ValueError, "org/tiny-llama", "not a commit")
+
+
+def test_groups_that_do_not_fit_are_said_of_the_checkpoint(folder: Path):
+    """The message named a weight, and no file."""
+    config = LlamaConfig.from_json(folder / "config.json")
+    form = PackedFormat(bits=4, group_size=32, scale_dtype="float16")
+    with pytest.raises(ValueError, match=rf"{folder}: lm_head: a weight of 16 columns"):
+        build_checkpoint(config, folder, [], {"lm_head": form})

@@ -58,7 +58,10 @@ def build_checkpoint(
         _check_kind(found)
     packed = dict(packed or {})
     config = _resolve_tie(config, folder, by_name, packed)
-    shapes = weight_shapes(config, packed)
+    try:
+        shapes = weight_shapes(config, packed)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     if extra := sorted(by_name.keys() - shapes.keys()):
         first = by_name[extra[0]][0]
         raise ValueError(

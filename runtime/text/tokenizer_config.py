@@ -174,15 +174,18 @@ def _numbered(
 
 def _token(key: str, value: Any, special: bool) -> AddedToken:
     """Reads a token written as its text or as an object."""
-    if isinstance(value, str):
-        return AddedToken(text=value, special=special, normalized=not special)
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
         raise ValueError(
             f"{key} is {shown(value)}; it must be a text, null or an object with `content`"
         )
+    if text.encode(errors="ignore").decode() != text:
+        raise ValueError(f"{key} is {shown(value)}; it holds half a character (a surrogate)")
+    if not isinstance(value, dict):
+        return AddedToken(text=text, special=special, normalized=not special)
     special = _flag(value, "special", special)
     return AddedToken(
-        text=value["content"],
+        text=text,
         special=special,
         normalized=_flag(value, "normalized", not special),
         lstrip=_flag(value, "lstrip", False),
