@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from .backend import Backend
-from .generation import run_requests, stream
 from .request import Completion, Event, LimitPolicy, Request
 from .sampling import SamplingParams
-from .scheduler import Scheduler
+from .scheduler import Scheduler, run_requests, stream
 from .text.chat_template import ChatTemplate
 from .text.constraint import Grammar, GrammarCompiler
 from .text.tokenizer import Tokenizer

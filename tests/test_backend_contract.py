@@ -28,11 +28,10 @@ from llamac.export import export_bundle
 from llamac.model import TorchBackend
 from llamac.model.checkpoint import open_checkpoint
 from llamac.runtime.backend import Backend
-from llamac.runtime.generation import generate
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.scheduler import Scheduler
+from llamac.runtime.scheduler import Scheduler, generate
 from variants import our_model, reference_model
 
 VARIANT = "llama-3.1"

@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 from llamac.model import TorchBackend
 from llamac.runtime.backend import StepInputs
-from llamac.runtime.generation import generate
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import generate
 from variants import our_model
 
 ROWS, CHUNK = 30, 8  # S is no multiple of P

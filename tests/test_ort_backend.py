@@ -27,10 +27,10 @@ from llamac.model import Llama
 from llamac.model.checkpoint import open_checkpoint
 from llamac.runtime.backend import BackendUnavailableError
 from llamac.runtime.bundle.manifest import Manifest
-from llamac.runtime.generation import generate
 from llamac.runtime.ort.ort_backend import OrtBackend, check_choice
 from llamac.runtime.ort.providers import provider_problem
 from llamac.runtime.request import Request
+from llamac.runtime.scheduler import generate
 from variants import our_model, reference_model
 
 B, P, S = 4, 8, 28  # S is no multiple of P

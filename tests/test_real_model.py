@@ -10,9 +10,9 @@ import pytest
 import smollm2
 from llamac.model.checkpoint import open_checkpoint
 from llamac.runtime.backend import Backend
-from llamac.runtime.generation import generate
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import generate
 from llamac.runtime.text.chat_template import ChatTemplate
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 

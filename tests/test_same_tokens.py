@@ -13,10 +13,10 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER, load_backend
 from llamac.model.quantization import parse_recipe, quantize_checkpoint
 from llamac.runtime.backend import Backend
-from llamac.runtime.generation import generate
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.request import Completion, Request
 from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import generate
 from llamac.runtime.text.tokenizer import Tokenizer
 from llamac.runtime.text.tokenizer_files import load_tokenizer
 

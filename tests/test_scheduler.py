@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from llamac.runtime.backend import StaticShape
 from llamac.runtime.chunks import next_chunk
-from llamac.runtime.generation import generate, run_requests, stream
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
-from llamac.runtime.scheduler import QueueFullError, Scheduler
+from llamac.runtime.scheduler import QueueFullError, Scheduler, generate, run_requests, stream
 from llamac.runtime.text.constraint import Grammar
 from llamac.runtime.text.tokenizer import Tokenizer
 

@@ -15,10 +15,10 @@ from llamac.export import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.cli.chat import Conversation
-from llamac.runtime.generation import run_requests
 from llamac.runtime.language_model import LanguageModel
 from llamac.runtime.load import load
 from llamac.runtime.ort.buffers import CacheBuffers
+from llamac.runtime.scheduler import run_requests
 from llamac.runtime.session import Session, read_session, write_session
 
 FIRST = "Once upon a time, there was a kind girl named Clara who lived by the sea."
