@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.language_model import LanguageModel
 from llamac.runtime.load import load
+from llamac.runtime.serve.run import listen
 from serving import Served, serving
 
 PROMPT = "Once upon a time"
@@ -428,6 +430,13 @@ def test_tokens_there_and_back(served: Served, model: LanguageModel):
     about = served.ask("/tokenizer_info")[1]
     assert (about["bos_token"], about["eos_token"]) == ("<s>", "</s>")
     assert "messages" in about["chat_template"]
+
+
+def test_an_answer_on_a_kept_connection_does_not_wait_for_acknowledgement():
+    """It used to: each answer but the first took 40 ms longer."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_metrics_count(served: Served):
