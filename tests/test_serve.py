@@ -425,6 +425,11 @@ def test_tokens_there_and_back(served: Served, model: LanguageModel):
     assert answer == {"tokens": ids, "count": len(ids), "max_model_len": 512}
     bare = served.ask("/tokenize", {"prompt": PROMPT, "add_special_tokens": False})[1]
     assert bare["tokens"] == ids[1:]
+    for name, special_id in (("<s>", 1), ("</s>", 2)):
+        body = {"prompt": name, "add_special_tokens": False}
+        assert served.ask("/tokenize", body)[1]["tokens"] == [special_id]
+        body = {"prompt": f"{name} {name}", "add_special_tokens": False}
+        assert special_id not in served.ask("/tokenize", body)[1]["tokens"]
     assert served.ask("/detokenize", {"tokens": ids})[1] == {"prompt": PROMPT}
     assert served.ask("/detokenize", {"tokens": [5000]})[0] == 400
     about = served.ask("/tokenizer_info")[1]

@@ -220,8 +220,10 @@ class Server:
             if text is None:
                 raise fields.error("prompt", "a text")
             bos = fields.get("add_special_tokens") is None or fields.flag("add_special_tokens")
+            # A special token's name alone is that token: so clients learn the ids of BOS and EOS.
+            special = text in model.tokenizer.special_names
             try:
-                ids = model.tokenizer.encode(text, bos=bos)
+                ids = model.tokenizer.encode(text, bos=bos, special=special)
             except ValueError as error:
                 raise ApiError(400, str(error), param="prompt") from None
         about = {"tokens": ids, "count": len(ids), "max_model_len": model.shape.max_seq_len}
