@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["STORAGE_DTYPES", "Linear", "multiply_in_float32"]
+from .ranks import ALONE, Rank, Role, gather_columns, sum_over_ranks
+
+__all__ = ["STORAGE_DTYPES", "Linear", "OverRanks", "multiply_in_float32"]
 
 # Up to how many rows the written-out sum is the fastest form.
 _FEW_ROWS, _FEW_ROWS_16_BIT = 4, 8
@@ -28,11 +30,50 @@ STORAGE_DTYPES = frozenset(
 )
 
 
-class Linear(nn.Module):
+class OverRanks(nn.Module):
+    """What a product does where several ranks hold its weight; alone, nothing.
+
+    Attributes:
+        bias: Added to the product, or None.
+        role: How the weight is cut, or None.
+        rank: Whose part this is.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.role: Role | None = None
+        self.rank = ALONE
+
+    def share(self, role: Role | None, rank: Rank) -> None:
+        """Makes this one rank's part of a product."""
+        self.role, self.rank = role, rank
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """What this rank's product is added to; a sum over ranks gets its bias once."""
+        return None if self.role == "row" else self.bias
+
+    def combine(self, out: Tensor) -> Tensor:
+        """Makes the ranks' products one.
+
+        Args:
+            out: [M, a rank's columns], with own_bias.
+
+        Returns:
+            [M, out_features]; of the role "column" its own columns, which is what follows takes.
+        """
+        if self.role == "row":
+            out = sum_over_ranks(out, self.rank)
+            return out if self.bias is None else out + self.bias
+        return gather_columns(out, self.rank) if self.role == "vocabulary" else out
+
+
+class Linear(OverRanks):
     """x @ weight.T + bias, with HF's [out, in] weight.
 
-    Every weight product of the model goes through this class, so that other forms (quantized,
-    tensor-parallel) have one place to live.
+    Every weight product of the model goes through this class or its packed form.
 
     Args:
         in_features: Width of x.
@@ -58,6 +99,9 @@ class Linear(nn.Module):
         Returns:
             [M, out_features] in x's dtype.
         """
+        return self.combine(self._multiply(x))
+
+    def _multiply(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and x.shape[0] == 1:
             return self._add_bias(multiply_one(x, self.weight))
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
@@ -70,10 +114,10 @@ class Linear(nn.Module):
             if x.dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
                 # BLAS is faster with the weight's rows as the result's rows.
                 return self._add_bias(torch.mm(self.weight, x.t()).t())
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.own_bias)
 
     def _add_bias(self, out: Tensor) -> Tensor:
-        return out if self.bias is None else out + self.bias
+        return out if self.own_bias is None else out + self.own_bias
 
 
 @torch.library.custom_op("llamac::multiply_in_float32", mutates_args=(), device_types="cpu")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import LlamaConfig
 from .kernels.live_attention import attend_live
-from .linear import Linear
+from .linear import Linear, OverRanks
 from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
+from .ranks import ALONE, Rank, role_of
 from .tables import rope_tables
 
 __all__ = ["Attention", "Llama", "TorchAttention"]
@@ -112,9 +113,10 @@ class Llama(nn.Module):
     """A LLaMA under HF's weight names, with its RoPE tables.
 
     Args:
-        config: The model's facts.
+        config: The model's facts; of one of several ranks that rank's, see shard_config.
         num_positions: Rows of the RoPE tables.
         packed: Module name to how its weight is packed; the rest is plain.
+        rank: Which part of each weight this is, and who has the others.
     """
 
     cos: Tensor
@@ -126,30 +128,45 @@ class Llama(nn.Module):
         *,
         num_positions: int,
         packed: Mapping[str, PackedFormat] = _NOTHING_PACKED,
+        rank: Rank = ALONE,
     ) -> None:
         super().__init__()
         self.config = config
+        self.rank = rank
         self.model = _Decoder(config)
-        self.lm_head: Linear | PackedLinear = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head: Linear | PackedLinear = Linear(
+            config.hidden_size, config.vocab_size // rank.world_size
+        )
         for name, form in packed.items():
             self.set_submodule(name, _packed(self.get_submodule(name), form))
         self.tie()
+        for name, module in self.named_modules():
+            if isinstance(module, OverRanks) and rank.world_size > 1:
+                module.share(role_of(name), rank)
         with torch.device("cpu"):  # real even when the weights are built on the meta device
             cos, sin = rope_tables(config, num_positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def tie(self) -> None:
-        """Makes the embedding's parameters the head's, if the config says so."""
+        """Makes the embedding's parameters the head's, if the config says so.
+
+        Every rank has the whole embedding, and its own rows of that as its head.
+        """
         if not self.config.tie_word_embeddings:
             return
         table = self.model.embed_tokens
         if isinstance(table, PackedEmbedding) and not isinstance(self.lm_head, PackedLinear):
-            self.lm_head = PackedLinear(
-                self.config.hidden_size, self.config.vocab_size, table.packed
-            )
+            first, last = self.rank.part_of(self.config.vocab_size)
+            self.lm_head = PackedLinear(self.config.hidden_size, last - first, table.packed)
         for name, parameter in table.named_parameters():
-            setattr(self.lm_head, name, parameter)
+            setattr(self.lm_head, name, self._rows(parameter))
+
+    def _rows(self, table: nn.Parameter) -> nn.Parameter:
+        if self.rank.world_size == 1:
+            return table
+        rows = table.detach()[slice(*self.rank.part_of(len(table)))]
+        return nn.Parameter(rows, requires_grad=table.requires_grad)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..runtime.typed_json import shown
 from .config import DTYPES
 from .kernels.packed_product import dequantize, multiply_packed
-from .linear import Linear
+from .linear import Linear, OverRanks
 
 __all__ = ["PackedEmbedding", "PackedFormat", "PackedLinear", "is_packed_part", "project"]
 
@@ -112,7 +112,7 @@ class _Packed(nn.Module):
             setattr(self, name, nn.Parameter(value, requires_grad=False))
 
 
-class PackedLinear(_Packed):
+class PackedLinear(_Packed, OverRanks):
     """A Linear whose weight is packed.
 
     Args:
@@ -141,11 +141,11 @@ class PackedLinear(_Packed):
         Returns:
             [M, out_features] in x's dtype.
         """
-        return project(x, self)[0]
+        return self.combine(project(x, self)[0])
 
     def add_bias(self, out: Tensor) -> Tensor:
-        """Adds the bias to [M, out_features], if there is one."""
-        return out if self.bias is None else out + self.bias
+        """Adds the bias to [M, out_features], if there is one of this rank's own."""
+        return out if self.own_bias is None else out + self.own_bias
 
 
 class PackedEmbedding(_Packed):
@@ -220,7 +220,7 @@ def _multiply(x: Tensor, layer: Linear | PackedLinear) -> Tensor:
     if _by_kernel(x, layer):
         return layer.add_bias(_multiply_by_kernel(x, [layer])[0])
     parts = layer.weight_packed, layer.weight_scale, layer.weight_minimum
-    return F.linear(x, dequantize(*parts, x.dtype, width=layer.width), layer.bias)
+    return F.linear(x, dequantize(*parts, x.dtype, width=layer.width), layer.own_bias)
 
 
 def _multiply_by_kernel(x: Tensor, layers: Sequence[PackedLinear]) -> Sequence[Tensor]:

@@ -9,55 +9,15 @@ Source: arXiv 1909.08053, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from .checkpoint import Checkpoint
 from .checkpoint.stored import StoredTensor
 from .checkpoint.window import Window, cut
 from .config import LlamaConfig
+from .ranks import Rank, module_kind, role_of
 
-__all__ = ["Rank", "check_ranks", "shard_checkpoint", "shard_config"]
-
-_Role = Literal["column", "row", "vocabulary"]
-
-# By the end of the module's name; what has none is whole on every rank.
-_ROLES: Mapping[str, _Role] = {
-    "self_attn.q_proj": "column",
-    "self_attn.k_proj": "column",
-    "self_attn.v_proj": "column",
-    "self_attn.o_proj": "row",
-    "mlp.gate_proj": "column",
-    "mlp.up_proj": "column",
-    "mlp.down_proj": "row",
-    "lm_head": "vocabulary",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
-    """One of the processes that hold a model together.
-
-    Attributes:
-        index: Its number, from 0.
-        world_size: How many there are.
-    """
-
-    index: int
-    world_size: int
-
-    def part_of(self, size: int) -> tuple[int, int]:
-        """First and last + 1 of this rank's equal share of a size that the ranks divide."""
-        share = size // self.world_size
-        return self.index * share, (self.index + 1) * share
-
-    def heads_of(self, num_heads: int) -> tuple[int, int]:
-        """The same of key and value heads: of fewer than ranks, neighbours hold the same one."""
-        if num_heads >= self.world_size:
-            return self.part_of(num_heads)
-        first = self.index * num_heads // self.world_size
-        return first, first + 1
+__all__ = ["check_ranks", "shard_checkpoint", "shard_config"]
 
 
 def check_ranks(checkpoint: Checkpoint, world_size: int) -> None:
@@ -85,7 +45,7 @@ def check_ranks(checkpoint: Checkpoint, world_size: int) -> None:
         "mlp.down_proj": config.intermediate_size,
     }
     for module, form in checkpoint.packed.items():
-        if (width := widths.get(_kind(module))) is None:
+        if (width := widths.get(module_kind(module))) is None:
             continue
         if form.has_order:
             raise ValueError(
@@ -161,20 +121,14 @@ def shard_checkpoint(checkpoint: Checkpoint, rank: Rank) -> Checkpoint:
 def _window(config: LlamaConfig, name: str, shape: tuple[int, ...], rank: Rank) -> Window | None:
     """What a rank holds of a tensor; None is all."""
     module, _, part = name.rpartition(".")
-    kind = _kind(module)
-    role = _ROLES.get(kind)
+    role = role_of(module)
     if role is None or part == "weight_order":
         return None
     if role == "row":
         # A bias is added once, to the sum.
         return None if part == "bias" else ((0, shape[0]), rank.part_of(shape[1]))
     rows = rank.part_of(shape[0])
-    if kind.endswith(("k_proj", "v_proj")):
+    if module.endswith(("k_proj", "v_proj")):
         first, last = rank.heads_of(config.num_key_value_heads)
         rows = first * config.head_dim, last * config.head_dim
     return (rows, *((0, n) for n in shape[1:]))
-
-
-def _kind(module: str) -> str:
-    """The module's name within its layer."""
-    return module if module == "lm_head" else ".".join(module.split(".")[-2:])

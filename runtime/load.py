@@ -34,7 +34,8 @@ class LoadOptions(TypedDict, total=False):
 
     Attributes:
         backend: "compile", "eager", or "ort" (bundles alone); default compile, or ort.
-        threads: CPU threads.
+        threads: CPU threads, of each rank.
+        tensor_parallel: Of a checkpoint: how many processes hold it together; default 1.
         device: Of a checkpoint: "cpu" or "cuda".
         dtype: Of a checkpoint: "float32", "float16" or "bfloat16"; default its own.
         adapter: Of a checkpoint: the folder of a LoRA that PEFT saved, merged as it is read.
@@ -53,6 +54,7 @@ class LoadOptions(TypedDict, total=False):
 
     backend: Literal["compile", "eager", "ort"]
     threads: int
+    tensor_parallel: int
     device: str
     dtype: str
     adapter: Path
@@ -68,7 +70,7 @@ class LoadOptions(TypedDict, total=False):
     check: bool
 
 
-_OF_CHECKPOINTS = {"device", "dtype", "adapter", "quantize"}
+_OF_CHECKPOINTS = {"device", "dtype", "adapter", "quantize", "tensor_parallel"}
 _OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
@@ -301,6 +303,7 @@ class Source:
             max_seq_len=shape.max_seq_len,
             prefill_len=self.options.get("prefill_len"),
             threads=self.options.get("threads"),
+            tensor_parallel=self.options.get("tensor_parallel", 1),
             all_logits=all_logits,
             announce=announce,
             progress=progress,

@@ -21,8 +21,9 @@ from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.checkpoint.tensor_files import TensorFile
 from llamac.model.llama import Llama, TorchAttention
 from llamac.model.packed import PackedFormat
-from llamac.model.parallel import Rank, check_ranks, shard_checkpoint
+from llamac.model.parallel import check_ranks, shard_checkpoint
 from llamac.model.quantization import parse_recipe, quantize_checkpoint
+from llamac.model.ranks import Rank
 
 WHOLE_HEADS = replace(CONFIG, num_key_value_heads=CONFIG.num_attention_heads)
 # Columns that 16 divides for up to four ranks.

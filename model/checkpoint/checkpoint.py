@@ -16,6 +16,7 @@ from ...runtime.side_file import read_side_file
 from ...runtime.typed_json import shown
 from ..llama import Llama
 from ..packed import is_packed_part
+from ..ranks import ALONE, Rank
 from .adapter import merge_adapter
 from .gguf_format import find_gguf, open_gguf_file
 from .hf_format import has_hf_weights, open_hf_folder
@@ -108,6 +109,7 @@ def load_model(
     num_positions: int,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    rank: Rank = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
     """Builds the model and loads it, ready to run.
@@ -120,6 +122,7 @@ def load_model(
         num_positions: Rows of the RoPE tables.
         dtype: Of the weights; None takes the config's. The RoPE tables stay float32.
         device: Where the weights go.
+        rank: Whose part of the model the checkpoint is; see shard_checkpoint.
         progress: See load_weights.
 
     Returns:
@@ -130,9 +133,13 @@ def load_model(
     """
     chosen: torch.dtype = dtype or getattr(torch, checkpoint.config.dtype)
     with torch.device("meta"):
-        model = Llama(checkpoint.config, num_positions=num_positions, packed=checkpoint.packed)
+        model = Llama(
+            checkpoint.config, num_positions=num_positions, packed=checkpoint.packed, rank=rank
+        )
     mapped: set[str] = set()
     for name, parameter in list(model.named_parameters()):
+        if name not in checkpoint.tensors:
+            continue  # a rank's rows of a tied embedding; others are refused below
         kind = parameter.dtype if is_packed_part(name) else chosen
         weight = checkpoint.map(name, kind) if torch.device(device).type == "cpu" else None
         if weight is None:

@@ -66,6 +66,10 @@ class TorchBackend:
         all_logits: Whether prefill computes logits for all its tokens, which `score` needs.
         progress: Told in a few words what is being compiled.
 
+    Attributes:
+        startup: What that cost.
+        all_logits: Whether `score` can be called.
+
     Raises:
         ValueError: The sizes contradict each other.
         BackendUnavailableError: compile on a CPU whose C++ compiler is missing or fails, or whose
@@ -93,7 +97,7 @@ class TorchBackend:
         )
         self._model, self._attention = model, TorchAttention()
         self._device = model.cos.device
-        self._all_logits = all_logits
+        self.all_logits = all_logits
         if compile and self._device.type == "cpu" and (problem := compiler_problem()):
             raise BackendUnavailableError(f"{problem}, or use --backend eager")
         self.cache = KVCache.allocate(
@@ -114,7 +118,7 @@ class TorchBackend:
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
         logits = self._run_prefill(slot, ids, start)
-        return logits[len(ids) - 1 if self._all_logits else 0].copy()
+        return logits[len(ids) - 1 if self.all_logits else 0].copy()
 
     def score(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """Like prefill, with the logits of every id.
@@ -130,7 +134,7 @@ class TorchBackend:
         Raises:
             ValueError: The backend was built without all_logits, or the chunk is refused.
         """
-        if not self._all_logits:
+        if not self.all_logits:
             raise ValueError("score needs a TorchBackend built with all_logits=True")
         return self._run_prefill(slot, ids, start)[: len(ids)].copy()
 
@@ -153,7 +157,7 @@ class TorchBackend:
 
     def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """[N, V] logits of one chunk, valid until the next."""
-        inputs = self.shape.chunk_inputs(slot, ids, start, all_logits=self._all_logits)
+        inputs = self.shape.chunk_inputs(slot, ids, start, all_logits=self.all_logits)
         return self._steps[f"{_PREFILL}{inputs.input_ids.shape[1]}"](inputs)[0]
 
     def _compile(self, progress: Callable[[str], None]) -> Startup:
@@ -213,16 +217,18 @@ class TorchBackend:
             with torch.no_grad():
                 return step(self._model, self._attention, self.cache, *inputs)
 
-        logits = tokens if self._all_logits else 1
+        logits = tokens if self.all_logits else 1
         return BoundStep(run, StepInputs.sizes(batch, tokens, logits), self._device)
 
     def _saved_step(self, folder: Path, name: str) -> SavedStep:
         key = step_key(
             (self._model, self._attention),
             self.cache.buffers,
+            world_size=self._model.rank.world_size,
+            rank=self._model.rank,
             config=self._model.config,
             shape=self.shape,
-            all_logits=self._all_logits,
+            all_logits=self.all_logits,
             options=_CPU_OPTIONS,
         )
         compiled = partial(_compiled_step, name, _CPU_OPTIONS)

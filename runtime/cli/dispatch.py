@@ -29,6 +29,7 @@ from .commands import generate_texts
 from .doctor import doctor
 from .input_text import checked_text, read_prompts, read_schema, read_text, read_tools, typed_lines
 from .options import parse_words
+from .ranks import follow_launcher
 from .score import score_text
 from .serve_command import serve
 from .terminal import LineFormatter, emit, progress_bar, say, status
@@ -86,7 +87,8 @@ def run(words: Sequence[str]) -> int:
         level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler], force=True
     )
     try:
-        return args.run(args)
+        code = follow_launcher(args)
+        return args.run(args) if code is None else code
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:

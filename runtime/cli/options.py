@@ -251,6 +251,12 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="processes that hold the model together (default: 1, or what torchrun started)",
+    )
+    group.add_argument(
         "--batch-size",
         type=int,
         metavar="B",

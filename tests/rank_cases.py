@@ -1,0 +1,107 @@
+"""Started once for each rank: computes models together, and compares with one process.
+
+Reads a JSON list of cases, writes one of how each compares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch._dynamo.utils import counters
+
+from llamac.model import TorchBackend
+from llamac.model.checkpoint import open_checkpoint
+from llamac.model.distributed.backend import ParallelBackend, _Call, follow
+from llamac.model.distributed.group import RankGroup
+from llamac.model.load import load_part
+from llamac.runtime.backend import Backend
+from llamac.runtime.compare import compare_logits
+from llamac.runtime.launcher import launched_rank
+from llamac.runtime.request import Request
+from llamac.runtime.sampling import SamplingParams
+from llamac.runtime.scheduler import generate
+
+OPTIONS = {
+    "device": "cpu",
+    "batch_size": 2,
+    "max_seq_len": 24,
+    "prefill_len": 8,
+    "threads": 1,
+    "all_logits": True,
+}
+IDS = [int(word) % 90 for word in np.random.Philox(5).random_raw(20)]
+GREEDY, SEEDED = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=7)
+
+
+def logits_of(backend: Backend) -> np.ndarray:
+    """[steps, V]: a whole chunk's, and of tokens at different positions of two slots."""
+    rows = [backend.score(0, IDS[:8], 0), backend.prefill(1, IDS[3:8], 0)[None]]
+    for step in range(4):
+        ids, positions = np.array(IDS[8 + step : 10 + step]), np.array([8, 5]) + step
+        rows.append(backend.decode(ids, positions).copy())
+    return np.concatenate(rows)
+
+
+def run(backend: Backend) -> dict[str, Any]:
+    logits = logits_of(backend)
+    kept = backend.read_rows(0, 9)
+    backend.write_rows(1, kept)
+    np.testing.assert_array_equal(backend.read_rows(1, 9), kept)
+    requests = [
+        Request(prompt_ids=tuple(IDS[:n]), max_new_tokens=14, sampling=sampling)
+        for n, sampling in ((11, GREEDY), (3, SEEDED), (5, GREEDY))
+    ]
+    texts = [done.ids for done in generate(backend, None, requests)]
+    return {"logits": logits, "rows": kept, "tokens": texts}
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Of the same ids: a bfloat16 model's cache rows and tokens needn't be the float32 model's."""
+    comparison = compare_logits(expected["logits"], found["logits"], dtype)
+    largest = np.abs(expected["rows"]).max()
+    return {
+        "passed": comparison.passed,
+        "error": comparison.relative_error,
+        "rows_error": float(np.abs(found["rows"] - expected["rows"]).max() / largest),
+        "same_tokens": found["tokens"] == expected["tokens"],
+        "tokens": found["tokens"],
+    }
+
+
+def lead(case: dict[str, Any], own: TorchBackend, group: RankGroup) -> dict[str, Any]:
+    checkpoint = open_checkpoint(case["source"])
+    heads = checkpoint.config.num_key_value_heads
+    together = ParallelBackend(own, group, num_kv_heads=heads)
+    before = dict(counters["stats"])
+    found = run(together)
+    recompiled = dict(counters["stats"]) != before or bool(counters["graph_break"])
+    together._send(_Call.STOP, 0, 0, ())
+    alone, _ = load_part(checkpoint, **{**OPTIONS, "dtype": "float32", "compile": False})
+    facts = {"recompiled": recompiled, "from_disk": own.startup.cache_hit}
+    return {**compare(found, run(alone), case["dtype"]), **facts}
+
+
+def main() -> None:
+    launched = launched_rank()
+    assert launched is not None
+    group = RankGroup.lead(launched[1], {}) if launched[0] == 0 else RankGroup.join()[0]
+    group.connect("cpu")
+    results = []
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        options: Any = {**OPTIONS, "dtype": case["dtype"], "compile": case["compile"]}
+        own, _ = load_part(open_checkpoint(case["source"]), group, **options)
+        if launched[0] == 0:
+            results.append(lead(case, own, group))
+        else:
+            follow(own, group)
+    if launched[0] == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    group.close()
+
+
+if __name__ == "__main__":
+    main()
