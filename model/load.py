@@ -289,10 +289,11 @@ def _check_memory(
         "RoPE": rope_bytes(config, shape.num_positions),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())
+    if world_size > 1:
+        read = format_bytes(sum(piece.num_bytes for piece in checkpoint.pieces))
+        text = f"each of {world_size} ranks: {text}, {read} of files"
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
     together = 1 if device == "cuda" else num_local_ranks(world_size)
-    if together > 1:
-        text = f"on each of {together} ranks here: {text}"
     if together * sum(needed.values()) > free:
         raise BackendUnavailableError(
             f"{text} do not fit in {format_bytes(free)} of free memory; lower --max-seq-len or "

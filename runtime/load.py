@@ -132,6 +132,10 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
         raise ValueError(f"backend is {backend!r}; it must be compile, eager or ort")
     if backend == "ort" and path is None:
         raise ValueError("backend ort runs bundles; llamac export a model first")
+    if backend == "ort" and "tensor_parallel" in options:
+        raise ValueError(
+            "a bundle runs in one process; tensor_parallel is an option of checkpoints"
+        )
     others = _OF_CHECKPOINTS if backend == "ort" else _OF_BUNDLES
     if wrong := sorted(others & options.keys()):
         remedy = "what an export fixed" if backend == "ort" else "an option of bundles"

@@ -39,13 +39,13 @@ def write_source(folder: Path, kind: str) -> Path:
     if kind.startswith("meta"):
         return write_meta(folder / "meta", random_weights(folder / "hf", CONFIG), int(kind[-1]))
     config = replace(CONFIG, tie_word_embeddings=kind == "tied")
-    if kind == "biased":
-        config = replace(CONFIG, attention_bias=True, mlp_bias=True)
-    if kind in ("int4", "int8"):
+    if kind.startswith("int"):
         config = WIDE
+    if kind.endswith("biased"):
+        config = replace(config, attention_bias=True, mlp_bias=True)
     write_random_checkpoint(None, folder / "hf", config=config, dtype="float32", shards=2)
     if kind.startswith("int"):
-        recipe = parse_recipe(f"{kind}-g16")
+        recipe = parse_recipe(f"{kind[:4]}-g16")
         quantize_checkpoint(open_checkpoint(folder / "hf"), folder / "packed", recipe)
         return folder / "packed"
     return folder / "hf"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from test_foreign_formats import CONFIG
 from test_parallel import write_source
 
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.runtime.load import load
+from serving import serving
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -74,10 +80,153 @@ def test_ranks_in_bfloat16_are_within_its_tolerance(eager_results):
 
 @pytest.mark.slow
 def test_compiled_ranks_compute_the_same_and_start_again_from_disk(tmp_path: Path):
-    cases = [case(tmp_path / kind, kind, compile=True) for kind in ("biased", "int8")]
+    cases = [case(tmp_path / "int8", "int8 biased", compile=True)]
     for from_disk in (False, True):
         for result in compare_cases(tmp_path, 2, cases):
             assert result["error"] < 1e-4
             assert result["same_tokens"]
             assert not result["recompiled"]
             assert result["from_disk"] is from_disk
+
+
+STORY = ("-p", "Once upon a time", "--seed", "0", "--max-new-tokens", "60")
+LLAMAC = [sys.executable, "-m", "llamac.runtime.cli"]
+
+
+def run_llamac(*words: str, start: list[str] = LLAMAC) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*start, *words], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_demo_tells_one_story_however_it_is_started():
+    alone = run_llamac("generate", *STORY, "--backend", "eager").stdout
+    assert len(alone) > 100
+    started = run_llamac("generate", *STORY, "--tensor-parallel", "2")
+    assert started.stdout == alone
+    memory, speed = started.stderr.splitlines()
+    assert memory.startswith("each of 2 ranks: weights 2.8 MiB, cache 640.0 KiB, RoPE")
+    assert "from cache" not in speed
+    launched = run_llamac("generate", *STORY, start=[*TORCHRUN, "2", "-m", "llamac.runtime.cli"])
+    assert launched.stdout == alone
+    assert "(from cache)" in launched.stderr
+
+
+class Running:
+    """A story without an end, told by two ranks."""
+
+    def __init__(self, *words: str) -> None:
+        self.leader = subprocess.Popen(
+            [*LLAMAC, "generate", "--tensor-parallel", "2", "--backend", "eager", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.leader.stdout is not None
+        self.follower_id = self._follower()
+
+    def _follower(self) -> int:
+        deadline_s = time.monotonic() + 60
+        while not (found := followers_of(self.leader.pid)):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        return found[0]
+
+    def told(self, num_chars: int) -> str:
+        assert self.leader.stdout is not None
+        return self.leader.stdout.read(num_chars)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit code and what was said, once both are gone."""
+        _, said = self.leader.communicate(timeout=60)
+        deadline_s = time.monotonic() + 10
+        while is_running(self.follower_id):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        return self.leader.returncode, said.splitlines()
+
+
+def followers_of(process_id: int) -> list[int]:
+    """The ranks that a process has started."""
+    children = [
+        int(word)
+        for path in Path(f"/proc/{process_id}/task").glob("*/children")
+        for word in path.read_text().split()
+    ]
+    return [n for n in children if b"distributed.follower" in command_of(n)]
+
+
+def command_of(process_id: int) -> bytes:
+    return Path(f"/proc/{process_id}/cmdline").read_bytes()
+
+
+def is_running(process_id: int) -> bool:
+    """Whether a process is there, and not only its entry until somebody asks for its code."""
+    try:
+        return " Z " not in Path(f"/proc/{process_id}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+ENDLESS = ("-p", "One day", "--ignore-eos", "--limit", "roll", "--max-new-tokens", "8000")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [0, 100])
+def test_a_rank_that_is_killed_ends_the_other_with_a_line(begun: int):
+    """At load, and in the middle of a text."""
+    running = Running(*ENDLESS)
+    assert len(running.told(begun)) == begun
+    os.kill(running.follower_id, signal.SIGKILL)
+    code, (*_, line) = running.end()
+    assert code == 1
+    assert line == "CRITICAL: rank 1 of 2 was killed by signal 9; the others end too"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_missed():
+    running = Running(*ENDLESS)
+    running.told(100)
+    os.kill(running.follower_id, signal.SIGSTOP)
+    code, (*_, line) = running.end()
+    assert code == 1
+    assert line == "CRITICAL: rank 1 of 2 has said nothing for 10 s; the others end too"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "begun"),
+    [(signal.SIGKILL, 0), (signal.SIGKILL, 100), (signal.SIGINT, 100), (signal.SIGTERM, 0)],
+)
+def test_no_rank_outlives_the_first(number: signal.Signals, begun: int):
+    running = Running(*ENDLESS)
+    running.told(begun)
+    running.leader.send_signal(number)
+    code, said = running.end()
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert not [line for line in said if "Error" in line]
+
+
+@pytest.mark.slow
+def test_a_server_of_ranks_answers_openais_client():
+    """`serving` gives the engine one thread, and so each rank; an engine that dies is replaced."""
+    body = {"prompt": "Once upon a time", "max_tokens": 30, "seed": 1}
+    model = load(backend="eager", threads=1)
+    alone = model.generate(body["prompt"], max_new_tokens=30, seed=1)[0].text
+    with serving("--backend", "eager", "--tensor-parallel", "2", "--batch-size", "2") as server:
+        client = OpenAI(
+            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+        )
+        with client:
+            answer = client.completions.create(model="any", **body)
+            assert answer.choices[0].text == alone
+            (follower_id,) = followers_of(server.engine_id)
+            os.kill(follower_id, signal.SIGKILL)
+            server.until_status(503)
+            server.until_status(200)
+            answer = client.completions.create(model="any", **body)
+            assert answer.choices[0].text == alone
+    assert not is_running(follower_id)

@@ -86,6 +86,13 @@ class Piece:
         return self.entry.offset
 
     @property
+    def num_bytes(self) -> int:
+        """Of the file, that reading it takes."""
+        first, last = self.rows or (0, self.entry.shape[0] if self.entry.shape else 1)
+        row = math.prod(self.entry.shape[1:]) * getattr(torch, self.entry.dtype).itemsize
+        return (last - first) * row
+
+    @property
     def is_as_stored(self) -> bool:
         """Whether the file's bytes are the whole tensor's, in HF's layout."""
         return self.rows is None and self.is_contiguous
@@ -158,6 +165,11 @@ class Computed:
     def offset(self) -> int:
         """Where the first input begins in its file."""
         return self.inputs[0].offset
+
+    @property
+    def num_bytes(self) -> int:
+        """The inputs'."""
+        return sum(piece.num_bytes for piece in self.inputs)
 
     @property
     def is_as_stored(self) -> bool:
@@ -256,6 +268,12 @@ class Merged:
     def offset(self) -> int:
         """The part's."""
         return self.part.offset
+
+    @property
+    def num_bytes(self) -> int:
+        """The part's and the change's."""
+        change = self.change.left.num_bytes + self.change.right.num_bytes
+        return self.part.num_bytes + change
 
     @property
     def is_as_stored(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...runtime.backend import StaticShape, check_rows
+from ...runtime.backend import BackendUnavailableError, StaticShape, check_rows
 from ..compiled.torch_backend import TorchBackend
 from .group import RankGroup
 
@@ -50,6 +52,11 @@ class ParallelBackend:
         self._is_told = False
         self._message = _message(own.shape)
         atexit.register(self.close)
+
+    @property
+    def num_replays(self) -> int:
+        """See TorchBackend; this rank's."""
+        return self._own.num_replays
 
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """One chunk of a prompt through one slot; see Backend."""
@@ -101,7 +108,9 @@ class ParallelBackend:
     def _tell(
         self, call: _Call, slot: int, number: int, more: Sequence[int] = ()
     ) -> Iterator[None]:
-        with self._group.guarded():
+        if self._is_told:
+            raise BackendUnavailableError("a step was interrupted; the ranks can't go on together")
+        with _until_done(), self._group.guarded():
             self._is_told = True
             self._send(call, slot, number, more)
             yield
@@ -111,6 +120,32 @@ class ParallelBackend:
         words = [call, slot, number, len(more), *more]
         self._message[: len(words)] = torch.tensor(words)
         dist.broadcast(self._message, 0, group=self._group.commands)
+
+
+@contextlib.contextmanager
+def _until_done() -> Iterator[None]:
+    """Makes Ctrl-C wait for the end of a step: the other ranks do it in any case.
+
+    A second Ctrl-C doesn't wait; nothing can be computed after it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    was_pressed = False
+
+    def hold(*_: object) -> None:
+        nonlocal was_pressed
+        was_pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if was_pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def follow(own: TorchBackend, group: RankGroup) -> None:

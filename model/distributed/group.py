@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _BEAT_S = 0.25
 _LOST_BEATS = 40  # of the watcher's own: a stopped terminal's time doesn't count
 _START = timedelta(seconds=300)  # from the first rank's arrival to the last one's
-_STEP = timedelta(seconds=60)  # one rank may read its weights while another waits
+_STEP = timedelta(seconds=30)  # one rank may read its weights while another waits
 _FOREVER = timedelta(days=365)  # a chat may wait for its next line
 _STOP_S = 3.0
 _FAULT_S = 1.0  # in which the watcher finds out why a collective failed
@@ -159,9 +159,10 @@ class RankGroup:
             raise BackendUnavailableError(f"another rank is gone: {text[:200]}") from error
 
     def fail(self, problem: str) -> None:
-        """Tells the first rank why this one ends."""
+        """Tells the first rank why this one ends, and waits for it to end first."""
         with contextlib.suppress(RuntimeError):
             self._store.set(_PROBLEM, f"rank {self.rank.index}: {problem}")
+            time.sleep(_STOP_S)
 
     def close(self) -> None:
         """Ends what this rank has started."""

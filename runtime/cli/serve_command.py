@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..launcher import launched_rank, num_local_ranks
 from ..load import LoadOptions
 from .terminal import say
 from .text_options import given
@@ -121,15 +122,22 @@ def _config(args: argparse.Namespace, source: str | None, options: LoadOptions) 
             raise ValueError(f"{option} is {getattr(args, name)}; it must be from {low} to {high}")
     if args.request_timeout is not None and not args.request_timeout > 0:
         raise ValueError(f"--request-timeout is {args.request_timeout}; it must be above 0")
+    if args.replicas > 1 and launched_rank() is not None:
+        raise ValueError(
+            f"--replicas is {args.replicas}; ranks that were started together are one model, so "
+            "start a server for each"
+        )
+    ranks = max(1, num_local_ranks(options.get("tensor_parallel", 1)))
     setups = []
     for index in range(args.replicas):
-        own = LoadOptions(**{"threads": serving_threads(args.replicas), **options})
+        own = LoadOptions(**{"threads": serving_threads(args.replicas * ranks), **options})
         # A core that spins while it waits for others is one that they could use.
         environment = {"OMP_WAIT_POLICY": "passive"}
         if args.replicas > 1 and own.get("provider", "cpu") != "cpu":
             own["device_id"] = index
         if args.replicas > 1 and own.get("device") == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = str(index)
+            own_devices = range(index * ranks, (index + 1) * ranks)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own_devices))
         setups.append(
             EngineSetup(
                 source=source,
