@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantized_folders import read_parts
+from gguf_files import write_gguf
+from quantized_folders import read_parts, write_folder
 from references import one_forward, random_ids
+from safetensors.torch import save_file
 from test_foreign_formats import CONFIG, random_weights, write_lit, write_meta
+from test_quantized_gptq_awq import AWQ, round_all, write_gptq
 from torch import Tensor
 
 from llamac.model.cache import KVCache
@@ -51,6 +55,38 @@ def write_source(folder: Path, kind: str) -> Path:
     return folder / "hf"
 
 
+def write_foreign(folder: Path, kind: str) -> Path:
+    """Weights that are computed from several stored tensors, converted, or cut in blocks."""
+    if kind == "gguf":
+        config = replace(CONFIG, hidden_size=256, intermediate_size=512, head_dim=32)
+        kinds = ("Q4_0", "Q8_0", "Q6_K", "F16")
+        write_gguf(folder / "m.gguf", config, random_weights(folder / "hf", config), kinds=kinds)
+        return folder / "m.gguf"
+    weights, rounded = round_all(bits=4, group=16, sym=kind == "gptq")
+    if kind == "gptq":
+        return write_gptq(folder / "gptq", weights, rounded, group_size=16)
+    for name, one in rounded.items():
+        weights |= {f"{name}.{key}": value for key, value in one.awq().items()}
+    return write_folder(folder / "awq", weights, AWQ)
+
+
+def write_adapter(folder: Path, checkpoint: Checkpoint) -> Path:
+    """A LoRA of every matrix of the layers."""
+    torch.manual_seed(3)
+    factors: dict[str, Tensor] = {}
+    for name, stored in checkpoint.tensors.items():
+        if "_proj.weight" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = torch.randn(4, stored.shape[1])
+            factors[f"{module}.lora_B.weight"] = torch.randn(stored.shape[0], 4)
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    names = sorted({name.split(".")[-3] for name in factors})
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": names}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def assemble(checkpoint: Checkpoint) -> dict[str, Tensor]:
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     found: dict[str, Tensor] = {}
@@ -78,7 +114,28 @@ def joined(shards: list[Tensor], whole: Tensor, copies: int) -> Tensor:
 )
 def test_the_ranks_together_hold_the_model(tmp_path: Path, kind: str, world_size: int):
     """With 4 ranks, most have half as many key/value heads: neighbours hold the same one."""
-    checkpoint = open_checkpoint(write_source(tmp_path, kind))
+    check_shards(open_checkpoint(write_source(tmp_path, kind)), world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "gguf"])
+def test_ranks_hold_parts_of_what_is_computed(tmp_path: Path, kind: str, world_size: int):
+    checkpoint = open_checkpoint(write_foreign(tmp_path, kind))
+    assert {form.bits for form in checkpoint.packed.values()} >= {4}
+    check_shards(checkpoint, world_size)
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta 2", "lit"])
+def test_ranks_hold_parts_of_what_an_adapter_changes(tmp_path: Path, kind: str):
+    source = write_source(tmp_path, kind)
+    plain = open_checkpoint(source)
+    adapted = open_checkpoint(source, adapter=write_adapter(tmp_path / "adapter", plain))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.allclose(assemble(adapted)[name], assemble(plain)[name], atol=0.1)
+    check_shards(adapted, 2)
+
+
+def check_shards(checkpoint: Checkpoint, world_size: int) -> None:
     whole = assemble(checkpoint)
     shards = [
         shard_checkpoint(checkpoint, Rank(index=i, world_size=world_size))
