@@ -6,16 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels.few_rows import MAX_ROWS, multiply_few
 from .ranks import ALONE, Rank, Role, gather_columns, sum_over_ranks
 
-__all__ = ["STORAGE_DTYPES", "Linear", "OverRanks", "multiply_in_float32"]
+__all__ = [
+    "STORAGE_DTYPES",
+    "Linear",
+    "OverRanks",
+    "compiled_on_cpu",
+    "is_few_rows",
+    "multiply_in_float32",
+]
 
-# Up to how many rows the written-out sum is the fastest form.
-_FEW_ROWS, _FEW_ROWS_16_BIT = 4, 8
-_CASCADE = 4096  # elements; longer sums are cascaded, a third slower
-# Distant rows that are read side by side: a processor's prefetch stops at the end of a page, which
-# is about a row.
-_STREAMS = 4
+__all__ = ["STORAGE_DTYPES", "Linear", "compiled_on_cpu", "is_few_rows", "multiply_in_float32"]
+
+_FEW_ROWS_16_BIT = 8  # that are multiplied without arithmetic, fast enough
 _BLOCK_ELEMENTS = 1 << 20  # of weights in float32 at a time: 4 MiB, within a CPU's cache
 
 # Dtypes that this CPU stores but has no arithmetic for: their products run several times slower
@@ -28,6 +33,17 @@ STORAGE_DTYPES = frozenset(
     )
     if not has_arithmetic()
 )
+
+
+def compiled_on_cpu(x: Tensor) -> bool:
+    """Whether this is a compiled step on a CPU, which can call operators in C++."""
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return compiled and x.device.type == "cpu"
+
+
+def is_few_rows(x: Tensor) -> bool:
+    """Whether x [M, K] is multiplied by an operator for few rows."""
+    return compiled_on_cpu(x) and len(x) <= MAX_ROWS
 
 
 class OverRanks(nn.Module):
@@ -54,6 +70,10 @@ class OverRanks(nn.Module):
     def own_bias(self) -> nn.Parameter | None:
         """What this rank's product is added to; a sum over ranks gets its bias once."""
         return None if self.role == "row" else self.bias
+
+    def add_bias(self, out: Tensor) -> Tensor:
+        """Adds own_bias to a product, if there is one."""
+        return out if self.own_bias is None else out + self.own_bias
 
     def combine(self, out: Tensor) -> Tensor:
         """Makes the ranks' products one.
@@ -90,8 +110,7 @@ class Linear(OverRanks):
         """Multiplies.
 
         A product with few rows is bound by reading the weight, which BLAS does not do at full
-        speed. On a CPU the code Inductor generates for the written-out sum is faster; eager mode
-        would materialize the product, so it takes the BLAS call. A GPU has a kernel for one row.
+        speed: there a compiled step has an operator for it, and a GPU a kernel for one row.
 
         Args:
             x: [M, in_features].
@@ -103,21 +122,16 @@ class Linear(OverRanks):
 
     def _multiply(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and x.shape[0] == 1:
-            return self._add_bias(multiply_one(x, self.weight))
+            return self.add_bias(multiply_one(x, self.weight))
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
-            limit = _FEW_ROWS if x.dtype == torch.float32 else _FEW_ROWS_16_BIT
-            few_rows = x.shape[0] <= limit
-            if few_rows and torch.compiler.is_dynamo_compiling():
-                return self._add_bias(_written_out(self.weight, x))
-            if not few_rows and x.dtype in STORAGE_DTYPES:
-                return self._add_bias(multiply_in_float32(x, self.weight))
+            if is_few_rows(x):
+                return self.add_bias(multiply_few(x.contiguous(), [self.weight])[0])
+            if x.shape[0] > _FEW_ROWS_16_BIT and x.dtype in STORAGE_DTYPES:
+                return self.add_bias(multiply_in_float32(x, self.weight))
             if x.dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
                 # BLAS is faster with the weight's rows as the result's rows.
-                return self._add_bias(torch.mm(self.weight, x.t()).t())
+                return self.add_bias(torch.mm(self.weight, x.t()).t())
         return F.linear(x, self.weight, self.own_bias)
-
-    def _add_bias(self, out: Tensor) -> Tensor:
-        return out if self.own_bias is None else out + self.own_bias
 
 
 @torch.library.custom_op("llamac::multiply_in_float32", mutates_args=(), device_types="cpu")
@@ -165,27 +179,3 @@ def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
 @multiply_one.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _written_out(weight: Tensor, x: Tensor) -> Tensor:
-    """The product as a sum that Inductor turns into a loop over the weight's rows.
-
-    Args:
-        weight: [N, K].
-        x: [M, K].
-
-    Returns:
-        [M, N] in x's dtype.
-    """
-    num_rows, width = weight.shape
-    # as_strided makes Inductor store x, in float32: it would recompute the norm or SiLU before it,
-    # and the conversion, for each row.
-    rows = torch.as_strided(x.float().contiguous(), x.shape, (width, 1))
-    chunks = next((n for n in range(-(-width // _CASCADE), 17) if width % n == 0), 1)
-    streams = _STREAMS if num_rows % _STREAMS == 0 else 1
-    blocks = weight.view(streams, num_rows // streams, 1, chunks, -1)
-    outs: list[Tensor] = []
-    for block in blocks.unbind():
-        parts = block * rows.view(len(x), chunks, -1)
-        outs.append(parts.sum(dim=-1).sum(dim=-1) if chunks > 1 else parts[:, :, 0].sum(dim=-1))
-    return torch.cat(outs).t().to(x.dtype)

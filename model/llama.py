@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .config import LlamaConfig
+from .kernels.few_rows import MAX_ROWS, attend_few
 from .kernels.live_attention import attend_live
-from .linear import Linear, OverRanks
+from .linear import Linear, OverRanks, compiled_on_cpu
 from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
 from .ranks import ALONE, Rank, role_of
 from .tables import rope_tables
@@ -101,7 +102,9 @@ class TorchAttention(nn.Module):
         # Inductor writes index_put_ in place; scatter_ it would do on a copy of the whole cache.
         k_cache.index_put_(index, k)
         v_cache.index_put_(index, v.transpose(1, 2))
-        return attend_live(q, k_cache, v_cache, positions, slots, scale)
+        few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS and q.dtype == k_cache.dtype
+        attend = attend_few if few else attend_live
+        return attend(q, k_cache, v_cache, positions, slots, scale)
 
 
 def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..runtime.typed_json import shown
 from .config import DTYPES
 from .kernels.packed_product import dequantize, multiply_packed
-from .linear import Linear, OverRanks
+from .kernels.few_rows import multiply_few, multiply_few_packed
+from .linear import Linear, OverRanks, is_few_rows
 
 __all__ = ["PackedEmbedding", "PackedFormat", "PackedLinear", "is_packed_part", "project"]
 
@@ -143,10 +144,6 @@ class PackedLinear(_Packed, OverRanks):
         """
         return self.combine(project(x, self)[0])
 
-    def add_bias(self, out: Tensor) -> Tensor:
-        """Adds the bias to [M, out_features], if there is one of this rank's own."""
-        return out if self.own_bias is None else out + self.own_bias
-
 
 class PackedEmbedding(_Packed):
     """An embedding whose table is packed; only the rows looked up are unpacked.
@@ -182,7 +179,7 @@ class PackedEmbedding(_Packed):
 
 
 def project(x: Tensor, *layers: Linear | PackedLinear) -> Sequence[Tensor]:
-    """Multiplies the same rows with several weights, packed ones in one call where that is faster.
+    """Multiplies the same rows with several weights, in one call where that is faster.
 
     Args:
         x: [M, in_features].
@@ -191,17 +188,19 @@ def project(x: Tensor, *layers: Linear | PackedLinear) -> Sequence[Tensor]:
     Returns:
         Of each layer [M, out_features] in x's dtype.
     """
-    together = [
+    plain = [layer for layer in layers if isinstance(layer, Linear)]
+    packed = [
         layer
         for layer in layers
         if isinstance(layer, PackedLinear) and layer.weight_order is None and _by_kernel(x, layer)
     ]
-    if len(together) < len(layers) or not together:
+    if len(plain) == len(layers) and is_few_rows(x):
+        outs = multiply_few(x.contiguous(), [layer.weight for layer in plain])
+    elif len(packed) == len(layers):
+        outs = _multiply_by_kernel(x, packed)
+    else:
         return [_multiply(x, layer) for layer in layers]
-    return [
-        layer.add_bias(out)
-        for layer, out in zip(together, _multiply_by_kernel(x, together), strict=True)
-    ]
+    return [layer.add_bias(out) for layer, out in zip(layers, outs, strict=True)]
 
 
 def _by_kernel(x: Tensor, layer: PackedLinear) -> bool:
@@ -226,8 +225,9 @@ def _multiply(x: Tensor, layer: Linear | PackedLinear) -> Tensor:
 def _multiply_by_kernel(x: Tensor, layers: Sequence[PackedLinear]) -> Sequence[Tensor]:
     minima = [layer.weight_minimum for layer in layers]
     none = x.new_empty(0)
-    return multiply_packed(
-        x,
+    multiply = multiply_few_packed if is_few_rows(x) else multiply_packed
+    return multiply(
+        x.contiguous(),
         [layer.weight_packed for layer in layers],
         [layer.weight_scale for layer in layers],
         []

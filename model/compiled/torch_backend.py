@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...runtime.backend import BackendUnavailableError, StaticShape, StepInputs, check_rows
 from ..cache import KVCache
+from ..kernels.few_rows import load_operators
 from ..llama import Llama, TorchAttention, call_layer
 from .bound_step import BoundStep
 from .inductor import cache_misses, compiler, compiler_problem
@@ -98,8 +99,12 @@ class TorchBackend:
         self._model, self._attention = model, TorchAttention()
         self._device = model.cos.device
         self.all_logits = all_logits
-        if compile and self._device.type == "cpu" and (problem := compiler_problem()):
-            raise BackendUnavailableError(f"{problem}, or use --backend eager")
+        if compile and self._device.type == "cpu":
+            problem = compiler_problem()
+            if problem is None and load_operators() is None:
+                problem = "the C++ operators can't be compiled; see why with --verbose"
+            if problem is not None:
+                raise BackendUnavailableError(f"{problem}, or use --backend eager")
         self.cache = KVCache.allocate(
             model.config,
             batch_size,

@@ -8,7 +8,10 @@ import logging
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from ...runtime.cache_folder import cache_folder
 from ..toolchain import compiler_name, compiler_version, instruction_set
@@ -27,8 +30,8 @@ def load_library(sources: tuple[Path, ...], *options: str) -> ctypes.CDLL | None
     another name and renamed, so that processes may do so at the same time.
 
     Args:
-        sources: A file in C++, then the headers that it includes.
-        options: Of the compiler, for the processor; none is what this processor has.
+        sources: Files in C++; all headers beside them count as theirs.
+        options: Of the compiler; none is what this processor has.
 
     Returns:
         The library, or None, which is logged, where the compiler is missing or fails, or the folder
@@ -39,14 +42,15 @@ def load_library(sources: tuple[Path, ...], *options: str) -> ctypes.CDLL | None
         logger.info("%s: no library, the compiler %s is missing", sources[0].name, compiler_name())
         return None
     options = options or ("-march=native",)
-    digest = hashlib.sha256(repr((version, instruction_set(), options)).encode())
-    for source in sources:
+    facts = (version, instruction_set(), options, torch.__version__)
+    digest = hashlib.sha256(repr(facts).encode())
+    for source in (*sources, *sorted(sources[0].parent.glob("*.h"))):
         digest.update(source.read_bytes())
     try:
         folder = cache_folder("kernels")
         path = folder / f"{sources[0].stem}-{digest.hexdigest()[:32]}.so"
         if not _is_intact(path):
-            _compile(sources[0], path, options)
+            _compile(sources, path, options)
         return ctypes.CDLL(str(path))
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -65,16 +69,24 @@ def _is_intact(path: Path) -> bool:
     return False
 
 
-def _compile(source: Path, path: Path, options: tuple[str, ...]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+def _compile(sources: tuple[Path, ...], path: Path, options: tuple[str, ...]) -> None:
+    """Compiles the files side by side, then links them."""
+    flags = ("-O3", "-std=c++17", "-fopenmp", "-fPIC")
+    libraries = [option for option in options if option.startswith(("-L", "-l"))]
+    rest = [option for option in options if option not in libraries]
+    with tempfile.TemporaryDirectory(dir=path.parent) as work, ThreadPoolExecutor() as pool:
+        objects = [str(Path(work, f"{source.stem}.o")) for source in sources]
+        commands = [
+            (*flags, *rest, "-c", "-o", made, str(source))
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        _ = [*pool.map(_run_compiler, commands)]
         made = Path(work, path.name)
-        flags = ("-O3", "-std=c++17", *options, "-fopenmp", "-shared", "-fPIC")
-        subprocess.run(
-            [compiler_name(), *flags, "-o", str(made), str(source)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        _run_compiler((*flags, *rest, "-shared", "-o", str(made), *objects, *libraries))
         with made.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())
         os.replace(made, path)
+
+
+def _run_compiler(arguments: tuple[str, ...]) -> None:
+    subprocess.run([compiler_name(), *arguments], capture_output=True, text=True, check=True)

@@ -10,12 +10,10 @@
 #include <cstdint>
 #include <cstdlib>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "packed_form.h"
 #include "packed_weight.h"
-#include "vectors.h"
+#include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -24,7 +22,9 @@ constexpr int64_t LINE = 16;  // floats of a line of the cache
 constexpr int ROWS_AT_ONCE = LANES == 16 ? 2 : 1;  // rows of a weight that there are registers for
 // Rows of a weight that a part of x stays in the first cache for, and that part.
 constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
-constexpr int64_t STRIP_OF_ONE = 4;  // where x is one row, which is read straight through
+// Where x is one row, that many distant rows are read at once, each straight through its own run of
+// rows: what is loaded of x serves all, and few runs are easily fetched ahead.
+constexpr int64_t RUNS_OF_4_BITS = 2, RUNS_OF_8_BITS = 4, FETCHED_AHEAD = 512;
 
 struct X {
   const void* values;
@@ -53,17 +53,17 @@ struct Arranged {
 };
 
 // How far a column's index is shifted to that of its group.
-int group_shift(const Weight& weight) {
+int group_shift(const PackedWeight& weight) {
   for (int shift = 4; shift < 63; shift++)
     if (weight.group == int64_t(1) << shift) return shift;
   return 63;  // one group, of any width
 }
 
-int64_t num_groups(const Weight& weight, const X& x) { return x.width / weight.group; }
+int64_t num_groups(const PackedWeight& weight, const X& x) { return x.width / weight.group; }
 
 // Of each row of x and group of the weight the columns' sum, padded with zeros to vectors, times what
 // the scale or the minimum is multiplied by.
-void fill_group_sums(const Weight& weight, const X& x, float* sums, int num_threads) {
+void fill_group_sums(const PackedWeight& weight, const X& x, float* sums, int num_threads) {
   const int64_t padded = divide_up(num_groups(weight, x), LINE) * LINE;
 #pragma omp parallel for num_threads(num_threads) if (x.num_rows > 1)
   for (int64_t place = 0; place < x.num_rows * padded; place++) {
@@ -99,7 +99,7 @@ struct Scratch {
 // What a thread multiplies.
 template <class Form>
 struct Job {
-  const Weight& weight;
+  const PackedWeight& weight;
   const X& x;
   const float* vectors;     // Arranged
   const float* group_sums;  // of x
@@ -108,23 +108,30 @@ struct Job {
   int shift;
 };
 
-// Adds the products of x with ROWS rows of a strip, `row` on, in the blocks first to last.
+// Rows of a weight: `count` from `first` on, `step` apart.
+struct Rows {
+  int64_t first, count, step;
+};
+
+// Adds the products of x with ROWS of the rows, `place` on, in the blocks first to last.
 template <class Form, int ROWS, bool IS_ONE>
-void multiply_blocks(const Job<Form>& job, int64_t strip, int64_t row, int64_t first, int64_t last) {
+void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int64_t first,
+                     int64_t last) {
   constexpr int64_t COLUMNS = Arranged<Form>::COLUMNS, FLOATS = Arranged<Form>::FLOATS;
-  const Weight& weight = job.weight;
+  const PackedWeight& weight = job.weight;
   const int64_t num_x = IS_ONE ? 1 : job.x.num_rows, groups = num_groups(weight, job.x);
   const int64_t row_bytes = job.x.width * weight.bits / 8;
-  const uint8_t* bytes = weight.packed + row * row_bytes;
+  const int64_t stride = rows.step * row_bytes;
+  const uint8_t* bytes = weight.packed + rows.first * row_bytes + place * stride;
   const uint8_t* limit = weight.packed + weight.num_rows * row_bytes;
-  const float* scales = job.scratch.scales + (row - strip) * groups;
-  float* strip_sums = job.scratch.sums + (row - strip) * num_x * LANES;
+  const float* scales = job.scratch.scales + place * groups;
+  float* row_sums = job.scratch.sums + place * num_x * LANES;
   const Words lane_groups = job.lane_groups;
   const int shift = job.shift;
 
   Floats sums[ROWS][IS_ONE ? 1 : MAX_X_ROWS];
   for (int r = 0; r < ROWS; r++)
-    for (int64_t m = 0; m < num_x; m++) sums[r][m] = load(strip_sums + (r * num_x + m) * LANES);
+    for (int64_t m = 0; m < num_x; m++) sums[r][m] = load(row_sums + (r * num_x + m) * LANES);
 
   const auto add_block = [&](const Words* words, int64_t block) __attribute__((always_inline)) {
     typename Form::Factor factors[ROWS][Form::VECTORS];
@@ -150,53 +157,53 @@ void multiply_blocks(const Job<Form>& job, int64_t strip, int64_t row, int64_t f
         sums[r][m] = multiply_add(add(even[r], odd[r]), scale[r], sums[r][m]);
     }
   };
-  const int64_t num_inside = (limit - bytes - (ROWS - 1) * row_bytes) / BLOCK_BYTES;
+  const int64_t num_inside = (limit - bytes - (ROWS - 1) * stride) / BLOCK_BYTES;
   for (int64_t block = first; block < std::min(last, num_inside); block++) {
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
-      const uint8_t* place = bytes + r * row_bytes + block * BLOCK_BYTES;
+      const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
       // Into the first cache, or the second. Of 8 bits, whose blocks pass faster, the first one's
       // lines would replace x's; measured.
-      if constexpr (Form::COLUMNS == 8) __builtin_prefetch(place + 2048, 0, 3);
-      else __builtin_prefetch(place + 4096, 0, 2);
-      words[r] = load_words(place);
+      if constexpr (IS_ONE) __builtin_prefetch(own + FETCHED_AHEAD, 0, 3);
+      else if constexpr (Form::COLUMNS == 8) __builtin_prefetch(own + 2048, 0, 3);
+      else __builtin_prefetch(own + 4096, 0, 2);
+      words[r] = load_words(own);
     }
     add_block(words, block);
   }
   for (int64_t block = std::max(first, num_inside); block < last; block++) {
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
-      const uint8_t* place = bytes + r * row_bytes + block * BLOCK_BYTES;
+      const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
       uint8_t rest[BLOCK_BYTES] = {};
-      std::memcpy(rest, place, size_t(std::min<int64_t>(BLOCK_BYTES, limit - place)));
+      std::memcpy(rest, own, size_t(std::min<int64_t>(BLOCK_BYTES, limit - own)));
       words[r] = load_words(rest);
     }
     add_block(words, block);
   }
   for (int r = 0; r < ROWS; r++)
-    for (int64_t m = 0; m < num_x; m++) store(strip_sums + (r * num_x + m) * LANES, sums[r][m]);
+    for (int64_t m = 0; m < num_x; m++) store(row_sums + (r * num_x + m) * LANES, sums[r][m]);
 }
 
-// Reads a strip's scales, and begins its sums with what the zero point or the minima add.
+// Reads the rows' scales, and begins their sums with what the zero point or the minima add.
 template <class Form>
-void begin_strip(const Job<Form>& job, int64_t begin, int64_t end) {
-  const Weight& weight = job.weight;
+void begin(const Job<Form>& job, const Rows& rows) {
+  const PackedWeight& weight = job.weight;
   const Scratch& scratch = job.scratch;
   const int64_t groups = num_groups(weight, job.x), padded = divide_up(groups, LINE) * LINE;
   const float* offsets = weight.minimum ? scratch.offsets : scratch.scales;
-  for (int64_t row = 0; row < end - begin; row++) {
-    const int64_t first = (begin + row) * groups, place = row * groups;
+  for (int64_t row = 0; row < rows.count; row++) {
+    const int64_t first = (rows.first + row * rows.step) * groups, place = row * groups;
     to_floats(weight.scale, weight.scale_type, first, groups, scratch.scales + place);
     if (weight.minimum)
       to_floats(weight.minimum, weight.minimum_type, first, groups, scratch.offsets + place);
-    // Read for columns behind x's last and groups behind a row's last, for which x has zeros.
-    if (row == end - begin - 1)
-      for (int64_t i = 0; i < LINE; i += LANES) {
-        store(scratch.scales + place + groups + i, zeros());
-        store(scratch.offsets + place + groups + i, zeros());
-      }
   }
-  for (int64_t row = 0; row < end - begin; row++)
+  // Read for columns behind x's last and groups behind a row's last, for which x has zeros.
+  for (int64_t i = 0; i < LINE; i += LANES) {
+    store(scratch.scales + rows.count * groups + i, zeros());
+    store(scratch.offsets + rows.count * groups + i, zeros());
+  }
+  for (int64_t row = 0; row < rows.count; row++)
     for (int64_t m = 0; m < job.x.num_rows; m++) {
       Floats sums = zeros();
       for (int64_t i = 0; i < groups; i += LANES)
@@ -206,28 +213,53 @@ void begin_strip(const Job<Form>& job, int64_t begin, int64_t end) {
     }
 }
 
-template <class Form, bool IS_ONE>
-void multiply_rows(const Job<Form>& job, int64_t begin, int64_t end) {
+// Writes the rows' results.
+template <class Form>
+void end(const Job<Form>& job, const Rows& rows) {
+  for (int64_t row = 0; row < rows.count; row++)
+    for (int64_t m = 0; m < job.x.num_rows; m++)
+      put(job.weight.out, job.x.type,
+          m * job.weight.num_rows + rows.first + row * rows.step,
+          sum(load(job.scratch.sums + (row * job.x.num_rows + m) * LANES)));
+}
+
+template <class Form, int RUNS>
+void multiply_one_by(const Job<Form>& job, int64_t first, int64_t last) {
+  const int64_t length = (last - first) / RUNS;
+  for (int64_t row = 0; row < length; row++) {
+    const Rows rows{first + row, RUNS, length};
+    begin(job, rows);
+    multiply_blocks<Form, RUNS, true>(job, rows, 0, 0, Arranged<Form>::num_blocks(job.x));
+    end(job, rows);
+  }
+  if constexpr (RUNS > 1) multiply_one_by<Form, 1>(job, first + length * RUNS, last);
+}
+
+// The rows first to last of a weight with one row of x.
+template <class Form>
+void multiply_one(const Job<Form>& job, int64_t first, int64_t last) {
+  multiply_one_by<Form, Form::COLUMNS == 4 ? RUNS_OF_8_BITS : RUNS_OF_4_BITS>(job, first, last);
+}
+
+// The same with several, a part of them at a time.
+template <class Form>
+void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
   const X& x = job.x;
   const int64_t num_blocks = Arranged<Form>::num_blocks(x);
   const int64_t in_cache = CHUNK_BYTES / (4 * Arranged<Form>::FLOATS * x.num_rows);
-  const int64_t chunk = IS_ONE ? num_blocks : std::max<int64_t>(1, in_cache);
-  constexpr int64_t HEIGHT = IS_ONE ? STRIP_OF_ONE : STRIP;
-  for (int64_t strip = begin; strip < end; strip += HEIGHT) {
-    const int64_t stop = std::min(end, strip + HEIGHT);
-    begin_strip(job, strip, stop);
-    for (int64_t first = 0; first < num_blocks; first += chunk) {
-      const int64_t last = std::min(num_blocks, first + chunk);
-      int64_t row = strip;
-      if constexpr (!IS_ONE)
-        for (; row + ROWS_AT_ONCE <= stop; row += ROWS_AT_ONCE)
-          multiply_blocks<Form, ROWS_AT_ONCE, IS_ONE>(job, strip, row, first, last);
-      for (; row < stop; row++) multiply_blocks<Form, 1, IS_ONE>(job, strip, row, first, last);
+  const int64_t chunk = std::max<int64_t>(1, in_cache);
+  for (int64_t strip = first; strip < last; strip += STRIP) {
+    const Rows rows{strip, std::min(STRIP, last - strip), 1};
+    begin(job, rows);
+    for (int64_t block = 0; block < num_blocks; block += chunk) {
+      const int64_t stop = std::min(num_blocks, block + chunk);
+      int64_t row = 0;
+      for (; row + ROWS_AT_ONCE <= rows.count; row += ROWS_AT_ONCE)
+        multiply_blocks<Form, ROWS_AT_ONCE, false>(job, rows, row, block, stop);
+      for (; row < rows.count; row++)
+        multiply_blocks<Form, 1, false>(job, rows, row, block, stop);
     }
-    for (int64_t row = strip; row < stop; row++)
-      for (int64_t m = 0; m < x.num_rows; m++)
-        put(job.weight.out, x.type, m * job.weight.num_rows + row,
-            sum(load(job.scratch.sums + ((row - strip) * x.num_rows + m) * LANES)));
+    end(job, rows);
   }
 }
 
@@ -246,28 +278,10 @@ void with_form(const X& x, int64_t bits, Function function) {
   else function(FloatForm<4>());
 }
 
-int64_t thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int64_t thread_count() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 }  // namespace
 
-// Products of x with each weight, into its out, [num_x, its num_rows] of x's type. num_x is at most
-// 16. Returns whether there was memory.
 extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, int64_t width,
-                               const Weight* weights, int64_t num_weights, int64_t num_threads) {
+                               const PackedWeight* weights, int64_t num_weights, int64_t num_threads) {
   const X x{values, type, num_x, width};
   // Scratch: x arranged for 4 bits and for 8; for each weight x's group sums; the threads' own.
   int64_t arranged[2], size = 0;
@@ -306,17 +320,16 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
                             Scratch(x, scratch + own + thread * Scratch::num_floats(x)),
                             load_words(lane_groups), shift};
         const int64_t rows = weights[i].num_rows;
-        const int64_t begin = rows * thread / count, end = rows * (thread + 1) / count;
-        if (num_x == 1) multiply_rows<Form, true>(job, begin, end);
-        else multiply_rows<Form, false>(job, begin, end);
+        const int64_t first = rows * thread / count, last = rows * (thread + 1) / count;
+        if (num_x == 1) multiply_one(job, first, last);
+        else multiply_several(job, first, last);
       });
   }
   std::free(scratch);
   return 1;
 }
 
-// The weight's numbers into its out, [its num_rows, width] of a type.
-extern "C" void unpack(const Weight* weight, int64_t width, int64_t type, int64_t num_threads) {
+extern "C" void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num_threads) {
   const int64_t row_bytes = width * (type == FLOAT32 ? 4 : 2);
 #pragma omp parallel for num_threads(int(num_threads))
   for (int64_t row = 0; row < weight->num_rows; row++) {

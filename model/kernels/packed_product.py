@@ -23,16 +23,13 @@ from torch import Tensor
 
 from ..linear import STORAGE_DTYPES
 from .cpp_library import load_library
+from .few_rows import MAX_ROWS, load_operators
 
 __all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
-_SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("packed_product.cpp", "packed_weight.h", "vectors.h")
-)
+_SOURCES = (Path(__file__).with_name("packed_product.cpp"),)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
 _GROUPS = (16, 32, 64, 128)
-_FEW_ROWS = 16  # what the C++ library takes, and is faster at than BLAS
 _BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
 _GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
 
@@ -97,7 +94,7 @@ def cpp_library(*options: str) -> ctypes.CDLL | None:
     Args:
         options: Of the compiler, for the processor; none is what this processor has.
     """
-    library = load_library(_SOURCES, *options)
+    library = load_library(_SOURCES, *options) if options else load_operators()
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.multiply_packed.argtypes = pointer, number, number, number, pointer, number, number
@@ -139,7 +136,7 @@ def _multiply_on_cpu(
 ) -> list[Tensor]:
     weights = [*_weights(packed, scales, minima)]
     library = cpp_library()
-    if library is None or not 0 < len(x) <= _FEW_ROWS:
+    if library is None or not 0 < len(x) <= MAX_ROWS:
         return [_multiply_dequantized(x, *weight) for weight in weights]
     return multiply_in_cpp(library, x, weights)
 
@@ -148,7 +145,7 @@ def _multiply_on_gpu(
     x: Tensor, packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]
 ) -> list[Tensor]:
     weights = _weights(packed, scales, minima)
-    if not 0 < len(x) <= _FEW_ROWS:
+    if not 0 < len(x) <= MAX_ROWS:
         return [_multiply_dequantized(x, *weight) for weight in weights]
     from .packed_gpu import multiply_packed_on_gpu
 

@@ -1,55 +1,21 @@
-// Numbers of 16 bits; a block's bytes as a vector of 32-bit lanes (16 with AVX-512, else 8), and how
-// its fields become the factors of products.
+// Vectors of 32-bit lanes: 16 with AVX-512, else 8.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "numbers.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LLAMAC_AVX512
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LLAMAC_AVX2
 #endif
-#if defined(LLAMAC_AVX512) || defined(LLAMAC_AVX2) || defined(__F16C__)
+#if defined(LLAMAC_AVX512) || defined(LLAMAC_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-float from_bfloat16(uint16_t value) { return from_bits(uint32_t(value) << 16); }
-
-uint16_t to_bfloat16(float value) {
-  const uint32_t bits = to_bits(value), odd = bits >> 16 & 1;
-  const uint16_t nan = bits >> 16 | 64;
-  return value == value ? uint16_t((bits + 0x7FFF + odd) >> 16) : nan;
-}
-
-float from_float16(uint16_t value) {
-  const uint32_t sign = uint32_t(value & 0x8000) << 16, rest = uint32_t(value & 0x7FFF) << 13;
-  if (rest >= 0x0F800000) return from_bits(sign | rest | 0x7F800000);  // infinite, or no number
-  return from_bits(sign | to_bits(from_bits(rest) * 0x1p112f));
-}
-
-uint16_t to_float16(float value) {
-  const uint32_t sign = to_bits(value) >> 16 & 0x8000, rest = to_bits(value) & 0x7FFFFFFF;
-  if (rest > 0x7F800000) return sign | 0x7E00;
-  if (rest >= 0x477FF000) return sign | 0x7C00;
-  // Below 2^-14 the spacing is 2^-24: adding a half rounds to it.
-  if (rest < 0x38800000) return sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f));
-  return sign | ((rest - 0x38000000 + 0x0FFF + (rest >> 13 & 1)) >> 13);
-}
 
 #if defined(LLAMAC_AVX512)
 
@@ -73,6 +39,14 @@ inline Floats shifted(Words words, int shift) {
   return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, unsigned(shift)));
 }
 inline float sum(Floats value) { return _mm512_reduce_add_ps(value); }
+inline Floats spread(float value) { return _mm512_set1_ps(value); }
+inline Floats low_brains(Words words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+inline Floats high_brains(Words words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xFFFF0000))));
+}
+inline Floats load_halves(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 
 #elif defined(LLAMAC_AVX2)
 
@@ -101,6 +75,14 @@ inline float sum(Floats value) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline Floats spread(float value) { return _mm256_set1_ps(value); }
+inline Floats low_brains(Words words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+inline Floats high_brains(Words words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))));
+}
+inline Floats load_halves(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
 #else
@@ -145,63 +127,21 @@ inline float sum(Floats value) {
   for (float lane : value.lane) total += lane;
   return total;
 }
+inline Floats spread(float value) {
+  return each<Floats>([&](int) { return value; });
+}
+inline Floats low_brains(Words words) {
+  return each<Floats>([&](int i) { return from_bits(words.lane[i] << 16); });
+}
+inline Floats high_brains(Words words) {
+  return each<Floats>([&](int i) { return from_bits(words.lane[i] & 0xFFFF0000); });
+}
+inline Floats load_halves(const uint16_t* from) {
+  return each<Floats>([&](int i) { return from_float16(from[i]); });
+}
 
 #endif
 
-constexpr int64_t BLOCK_BYTES = 4 * LANES;
-
-template <int BITS>
-struct FloatForm {
-  static constexpr int COLUMNS = 32 / BITS;  // of a lane
-  static constexpr int VECTORS = COLUMNS;    // of a block's x
-  using Factor = Floats;
-
-  // The last field is shifted: masked in place it could be negative.
-  static constexpr bool is_shifted(int field) { return field == COLUMNS - 1; }
-
-  static Factor factor(Words words, int field) {
-    if (is_shifted(field)) return shifted(words, 32 - BITS);
-    return masked(words, ((1u << BITS) - 1) << (BITS * field));
-  }
-  static Floats multiply(Factor factor, Floats x, Floats sums) {
-    return multiply_add(factor, x, sums);
-  }
-  static void arrange(const float* columns, float* x) {
-    for (int field = 0; field < COLUMNS; field++) {
-      const float power = is_shifted(field) ? 1.f : 1.f / float(1u << (BITS * field));
-      for (int lane = 0; lane < LANES; lane++)
-        x[field * LANES + lane] = columns[lane * COLUMNS + field] * power;
-    }
-  }
-};
-
-#if defined(LLAMAC_AVX512) && defined(__AVX512BF16__)
-// For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
-struct BrainForm {
-  static constexpr int COLUMNS = 8;
-  static constexpr int VECTORS = 4;
-  using Factor = __m512bh;
-
-  static Factor factor(Words words, int field) {
-    // The numbers 0 to 15, twice: of an index's bits the fifth, a neighbour's, changes nothing.
-    alignas(64) static constexpr uint16_t TABLE[32] = {
-        0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
-        0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    const Words index = field ? _mm512_srli_epi16(words, unsigned(4 * field)) : words;
-    return (__m512bh)_mm512_permutexvar_epi16(index, _mm512_load_si512(TABLE));
-  }
-  static Floats multiply(Factor factor, Floats x, Floats sums) {
-    return _mm512_dpbf16_ps(sums, factor, (__m512bh)x);
-  }
-  static void arrange(const float* columns, float* x) {
-    uint16_t* halves = reinterpret_cast<uint16_t*>(x);
-    for (int lane = 0; lane < 2 * LANES; lane++)
-#pragma GCC unroll 4
-      for (int field = 0; field < 4; field++)
-        halves[field * 2 * LANES + lane] = uint16_t(to_bits(columns[lane * 4 + field]) >> 16);
-  }
-};
-#endif
+constexpr int64_t BLOCK_BYTES = 4 * LANES;  // of a vector
 
 }  // namespace

@@ -1,0 +1,185 @@
+// Causal attention of a few tokens over the live rows of the cache.
+//
+// The heads that share keys, and the tokens, are the queries of one pair of row and key head. Its
+// cache is cut into chunks, which threads take in any order: of each the largest score, the sum of
+// the powers and the weighted sum of the values; the chunks are then merged. Chunks have the same
+// ends whatever the number of threads is, and so has the result the same bits.
+//
+// Source: arXiv 2205.14135, its form for few queries.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "products.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 256, BLOCK = 16;  // rows of the cache: of a task, and that are widened at once
+constexpr float LOWEST = -3.0e38f;
+
+struct Job {
+  const Queries& queries;
+  const Cache& cache;
+  const int64_t *positions, *slots;
+  float scale;
+  int64_t type;
+  void* out;
+
+  int64_t padded() const { return divide_up(queries.head_dim, LANES) * LANES; }
+  int64_t group() const { return queries.num_heads / cache.num_heads; }
+  int64_t num_queries() const { return group() * queries.num_tokens; }
+  // How many rows a query sees; queries are [token, head of the group].
+  int64_t seen(int64_t row, int64_t query) const {
+    return std::min(positions[row] + query / group() + 1, cache.num_rows);
+  }
+  int64_t live(int64_t row) const { return seen(row, num_queries() - 1); }
+
+  // Of one task's result: [query] largest score, [query] sum of powers, [query, padded] values.
+  int64_t num_partial() const { return num_queries() * (2 + padded()); }
+  int64_t num_scratch() const {
+    return num_queries() * (padded() + CHUNK) + BLOCK * padded();
+  }
+};
+
+// e^x for x <= 0, within 2e-7 of it; a loop of them becomes vectors.
+inline float exp_of(float x) {
+  const float t = std::max(x, -87.f);
+  const int32_t n = int32_t(t * 1.44269504f - 0.5f);  // rounds, as t <= 0
+  const float f = (t - float(n) * 0.693359375f) + float(n) * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  return p * from_bits(uint32_t(n + 127) << 23);
+}
+
+// `count` rows of keys or values as floats, padded with zeros.
+void widen(const Job& job, const void* cache, int64_t first, int64_t count, float* rows) {
+  const int64_t dim = job.queries.head_dim, padded = job.padded();
+  if (dim == padded) return to_floats(cache, job.type, first * dim, count * dim, rows);
+  for (int64_t row = 0; row < count; row++) {
+    to_floats(cache, job.type, (first + row) * dim, dim, rows + row * padded);
+    std::fill(rows + row * padded + dim, rows + (row + 1) * padded, 0.f);
+  }
+}
+
+// The rows first to last of the cache of one row and key head.
+void attend_chunk(const Job& job, int64_t row, int64_t head, int64_t first, int64_t last,
+                  float* scratch, float* partial) {
+  const Queries& given = job.queries;
+  const int64_t num_queries = job.num_queries(), padded = job.padded(), group = job.group();
+  float *queries = scratch, *rows = queries + num_queries * padded, *scores = rows + BLOCK * padded;
+  float *largest = partial, *sums = largest + num_queries, *values = sums + num_queries;
+  const int64_t begin = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
+
+  for (int64_t q = 0; q < num_queries; q++) {
+    const int64_t place = row * given.row_stride + (head * group + q % group) * given.head_stride +
+                          q / group * given.token_stride;
+    float* query = queries + q * padded;
+    std::fill(query, query + padded, 0.f);
+    to_floats(given.values, job.type, place, given.head_dim, query);
+    for (int64_t i = 0; i < given.head_dim; i++) query[i] *= job.scale;
+  }
+  for (int64_t block = first; block < last; block += BLOCK) {
+    const int64_t count = std::min(BLOCK, last - block);
+    widen(job, job.cache.keys, begin + block, count, rows);
+    for (int64_t q = 0; q < num_queries; q++)
+      for (int64_t r = 0; r < count; r++) {
+        Floats total = zeros();
+        for (int64_t i = 0; i < padded; i += LANES)
+          total = multiply_add(load(queries + q * padded + i), load(rows + r * padded + i), total);
+        scores[q * CHUNK + block - first + r] = sum(total);
+      }
+  }
+  for (int64_t q = 0; q < num_queries; q++) {
+    float* own = scores + q * CHUNK;
+    const int64_t count = std::clamp<int64_t>(job.seen(row, q) - first, 0, last - first);
+    float most = LOWEST, total = 0;
+    for (int64_t r = 0; r < count; r++) most = std::max(most, own[r]);
+    for (int64_t r = 0; r < count; r++) own[r] = exp_of(own[r] - most);
+    for (int64_t r = 0; r < count; r++) total += own[r];
+    std::fill(own + count, own + (last - first), 0.f);
+    largest[q] = most;
+    sums[q] = total;
+  }
+  std::fill(values, values + num_queries * padded, 0.f);
+  for (int64_t block = first; block < last; block += BLOCK) {
+    const int64_t count = std::min(BLOCK, last - block);
+    widen(job, job.cache.values, begin + block, count, rows);
+    for (int64_t q = 0; q < num_queries; q++) {
+      const float* own = scores + q * CHUNK + block - first;
+      for (int64_t i = 0; i < padded; i += LANES) {
+        Floats total = load(values + q * padded + i);
+        for (int64_t r = 0; r < count; r++)
+          total = multiply_add(spread(own[r]), load(rows + r * padded + i), total);
+        store(values + q * padded + i, total);
+      }
+    }
+  }
+}
+
+// Of one row and key head, its chunks' results one behind the other.
+void merge(const Job& job, int64_t row, int64_t head, int64_t num_chunks, const float* partials) {
+  const Queries& given = job.queries;
+  const int64_t num_queries = job.num_queries(), padded = job.padded(), group = job.group();
+  for (int64_t q = 0; q < num_queries; q++) {
+    float most = LOWEST, total = 0;
+    for (int64_t c = 0; c < num_chunks; c++)
+      most = std::max(most, partials[c * job.num_partial() + q]);
+    for (int64_t c = 0; c < num_chunks; c++) {
+      const float* partial = partials + c * job.num_partial();
+      total += exp_of(partial[q] - most) * partial[num_queries + q];
+    }
+    const int64_t token = row * given.num_tokens + q / group;
+    const int64_t place = (token * given.num_heads + head * group + q % group) * given.head_dim;
+    for (int64_t i = 0; i < given.head_dim; i++) {
+      float value = 0;
+      for (int64_t c = 0; c < num_chunks; c++) {
+        const float* partial = partials + c * job.num_partial();
+        value += exp_of(partial[q] - most) * partial[2 * num_queries + q * padded + i];
+      }
+      put(job.out, job.type, place + i, value / total);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int attend(const Queries* queries, const Cache* cache, const int64_t* positions,
+                      const int64_t* slots, double scale, int64_t type, void* out,
+                      int64_t num_threads) {
+  const Job job{*queries, *cache, positions, slots, float(scale), type, out};
+  const int64_t num_pairs = queries->num_rows * cache->num_heads;
+  int64_t chunks = 0;  // of the longest row
+  for (int64_t row = 0; row < queries->num_rows; row++)
+    chunks = std::max(chunks, divide_up(job.live(row), CHUNK));
+  const int64_t own = num_pairs * chunks * job.num_partial();
+  const size_t bytes = size_t(own + num_threads * job.num_scratch()) * 4;
+  float* scratch = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (!scratch) return 0;
+#pragma omp parallel num_threads(int(num_threads))
+  {
+    float* mine = scratch + own + thread_index() * job.num_scratch();
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < num_pairs * chunks; task++) {
+      const int64_t pair = task / chunks, first = task % chunks * CHUNK;
+      const int64_t row = pair / cache->num_heads;
+      if (const int64_t last = std::min(first + CHUNK, job.live(row)); first < last)
+        attend_chunk(job, row, pair % cache->num_heads, first, last, mine,
+                     scratch + task * job.num_partial());
+    }
+#pragma omp for
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+      const int64_t row = pair / cache->num_heads;
+      merge(job, row, pair % cache->num_heads, divide_up(job.live(row), CHUNK),
+            scratch + pair * chunks * job.num_partial());
+    }
+  }
+  std::free(scratch);
+  return 1;
+}
