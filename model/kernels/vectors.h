@@ -47,6 +47,34 @@ inline Floats high_brains(Words words) {
 inline Floats load_halves(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+// A vector's numbers of 4 bits, the low ones first, or of 8.
+inline Floats load_fields4(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const Words halves = _mm512_permutexvar_epi32(
+      _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+      _mm512_castsi128_si512(bytes));
+  const Words shifts =
+      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  return masked(_mm512_srlv_epi32(halves, shifts), 15);
+}
+inline Floats load_fields8(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline void store_halves(uint16_t* to, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, 0));
+}
+inline void store_brains(uint16_t* to, Floats value) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+#else
+  const Words bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
+  const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const Words half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+  const Words rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+#endif
+}
 
 #elif defined(LLAMAC_AVX2)
 
@@ -82,7 +110,41 @@ inline Floats high_brains(Words words) {
   return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))));
 }
 inline Floats load_halves(const uint16_t* from) {
+#ifdef __F16C__
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  float values[LANES];
+  for (int i = 0; i < LANES; i++) values[i] = from_float16(from[i]);
+  return load(values);
+#endif
+}
+inline Floats load_fields4(const uint8_t* from) {
+  int32_t bits;
+  std::memcpy(&bits, from, 4);
+  const Words shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  return masked(_mm256_srlv_epi32(_mm256_set1_epi32(bits), shifts), 15);
+}
+inline Floats load_fields8(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline void store_halves(uint16_t* to, Floats value) {
+#ifdef __F16C__
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, 0));
+#else
+  float values[LANES];
+  store(values, value);
+  for (int i = 0; i < LANES; i++) to[i] = to_float16(values[i]);
+#endif
+}
+inline void store_brains(uint16_t* to, Floats value) {
+  const Words bits = _mm256_castps_si256(value), one = _mm256_set1_epi32(1);
+  const Words odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const Words half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+  const Words rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m128i low = _mm256_castsi256_si128(rounded);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi32(low, _mm256_extracti128_si256(rounded, 1)));
 }
 
 #else
@@ -138,6 +200,18 @@ inline Floats high_brains(Words words) {
 }
 inline Floats load_halves(const uint16_t* from) {
   return each<Floats>([&](int i) { return from_float16(from[i]); });
+}
+inline Floats load_fields4(const uint8_t* from) {
+  return each<Floats>([&](int i) { return float(from[i / 2] >> (i % 2 * 4) & 15); });
+}
+inline Floats load_fields8(const uint8_t* from) {
+  return each<Floats>([&](int i) { return float(from[i]); });
+}
+inline void store_halves(uint16_t* to, Floats value) {
+  for (int i = 0; i < LANES; i++) to[i] = to_float16(value.lane[i]);
+}
+inline void store_brains(uint16_t* to, Floats value) {
+  for (int i = 0; i < LANES; i++) to[i] = to_bfloat16(value.lane[i]);
 }
 
 #endif
