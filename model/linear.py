@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.few_rows import MAX_ROWS, multiply_few
+from .kernels.many_rows import multiply_many
 from .ranks import ALONE, Rank, Role, gather_columns, sum_over_ranks
 
 __all__ = [
@@ -17,8 +18,6 @@ __all__ = [
     "is_few_rows",
     "multiply_in_float32",
 ]
-
-__all__ = ["STORAGE_DTYPES", "Linear", "compiled_on_cpu", "is_few_rows", "multiply_in_float32"]
 
 _FEW_ROWS_16_BIT = 8  # that are multiplied without arithmetic, fast enough
 _BLOCK_ELEMENTS = 1 << 20  # of weights in float32 at a time: 4 MiB, within a CPU's cache
@@ -129,8 +128,7 @@ class Linear(OverRanks):
             if x.shape[0] > _FEW_ROWS_16_BIT and x.dtype in STORAGE_DTYPES:
                 return self.add_bias(multiply_in_float32(x, self.weight))
             if x.dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
-                # BLAS is faster with the weight's rows as the result's rows.
-                return self.add_bias(torch.mm(self.weight, x.t()).t())
+                return self.add_bias(multiply_many(x, self.weight))
         return F.linear(x, self.weight, self.own_bias)
 
 

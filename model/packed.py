@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..runtime.typed_json import shown
 from .config import DTYPES
-from .kernels.packed_product import dequantize, multiply_packed
 from .kernels.few_rows import multiply_few, multiply_few_packed
+from .kernels.packed_product import dequantize, multiply_packed
 from .linear import Linear, OverRanks, is_few_rows
 
 __all__ = ["PackedEmbedding", "PackedFormat", "PackedLinear", "is_packed_part", "project"]

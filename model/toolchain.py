@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["compiler_name", "compiler_version", "instruction_set"]
+__all__ = ["compiler_name", "compiler_version", "instruction_set", "is_amd"]
 
 _CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -34,3 +35,13 @@ def instruction_set() -> str:
             return next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         return platform.processor()
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether AMD made the processor."""
+    try:
+        with _CPU_FACTS.open() as lines:
+            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in lines)
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""How fast products of a few rows with packed weights run on this CPU, next to a plain read.
+"""How fast products of a few rows run on this CPU, next to a plain read.
 
 `python -m llamac.perf.kernel_bench` prints GB/s of stored bytes, the median of interleaved rounds.
 With one thread its own time counts, which other programs disturb less.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from ..model.kernels.few_rows import load_operators, multiply_few
 from ..model.kernels.packed_product import cpp_library, multiply_in_cpp
 from ..runtime.cli.text_table import format_table
 
@@ -50,13 +51,18 @@ def _groups(
     num_rows: int, width: int, num_x: int
 ) -> Iterator[tuple[list[tuple[str, str, str]], list[_Run]]]:
     """What is measured side by side: names and runs."""
+    if load_operators() is None:
+        raise SystemExit("the C++ operators can't be compiled")
     for x_name, dtype in _DTYPES.items():
         x = torch.randn(num_x, width).to(dtype)
         dense = torch.randn(num_rows, width).to(dtype)
         copies = [dense.clone() for _ in range(_NUM_BYTES // dense.nbytes)]
-        names = [(x_name, x_name, "F.linear")]
+        names = [(x_name, x_name, "F.linear"), (x_name, x_name, "native")]
         num_bytes = len(copies) * dense.nbytes
-        runs: list[_Run] = [(lambda x=x, w=copies: [F.linear(x, c) for c in w], num_bytes)]
+        runs: list[_Run] = [
+            (lambda x=x, w=copies: [F.linear(x, c) for c in w], num_bytes),
+            (lambda x=x, w=copies: [multiply_few(x, [c]) for c in w], num_bytes),
+        ]
         for bits in (4, 8):
             for group in (32, 128):
                 weights, num_bytes = _packed(num_rows, width, bits, group)

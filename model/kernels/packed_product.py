@@ -19,18 +19,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear import STORAGE_DTYPES
 from .cpp_library import load_library
 from .few_rows import MAX_ROWS, load_operators
+from .many_rows import multiply_many
 
 __all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
 _SOURCES = (Path(__file__).with_name("packed_product.cpp"),)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
 _GROUPS = (16, 32, 64, 128)
-_BLOCK_ELEMENTS = 1 << 20  # of a weight at a time, so that they stay within a CPU's cache
+_BLOCK_BYTES = 4 << 20  # of a weight at a time, so that they stay within a CPU's cache
 _GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
 
 _Weight = tuple[Tensor, Tensor, Tensor | None]  # packed, scale, minimum
@@ -158,17 +160,18 @@ def _multiply_dequantized(
     """The product by BLAS, a block of the weight's rows at a time."""
     on_cpu = x.device.type == "cpu"
     brain = x.dtype == torch.bfloat16 and x.dtype not in STORAGE_DTYPES
-    columns = x.to(torch.float32 if on_cpu and not brain else x.dtype).t()  # [K, M]
-    out = columns.new_empty(len(packed), len(x))
-    elements = _BLOCK_ELEMENTS if on_cpu else _GPU_BLOCK_ELEMENTS
+    in_float32 = on_cpu and not brain
+    rows = x.float() if in_float32 else x
+    out = x.new_empty(len(x), len(packed))
+    elements = _BLOCK_BYTES // rows.itemsize if on_cpu else _GPU_BLOCK_ELEMENTS
     block = min(len(packed), max(1, elements // x.shape[1]))
-    buffer = columns.new_empty(block, x.shape[1])
+    buffer = rows.new_empty(block, x.shape[1])
     for begin in range(0, len(packed), block):
-        rows = slice(begin, begin + block)
-        part = minimum if minimum is None else minimum[rows]
-        weight = _unpack(packed[rows], scale[rows], part, buffer[: len(out[rows])])
-        torch.mm(weight, columns, out=out[rows])
-    return out.t().to(x.dtype).contiguous()
+        own = slice(begin, begin + block)
+        part = minimum if minimum is None else minimum[own]
+        weight = _unpack(packed[own], scale[own], part, buffer[: out[:, own].shape[1]])
+        out[:, own] = multiply_many(rows, weight) if in_float32 else F.linear(rows, weight)
+    return out
 
 
 def _unpack(packed: Tensor, scale: Tensor, minimum: Tensor | None, buffer: Tensor) -> Tensor:

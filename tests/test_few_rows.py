@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamac.model.kernels import few_rows
+from llamac.model.kernels.cpp_library import load_library
+from llamac.model.kernels.few_rows import attend_few, load_operators, multiply_few
+from llamac.model.kernels.many_rows import multiply_many
+from llamac.model.toolchain import instruction_set
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ALLOWED_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
+
+# What the C++ is compiled for, and a flag of the processor that can run it.
+FORMS = {
+    "native": (("-march=native",), ""),
+    "avx512": (("-march=x86-64-v4",), "avx512bw"),
+    "avx2": (("-mavx2", "-mfma"), "fma"),
+    "avx2-f16c": (("-mavx2", "-mfma", "-mf16c"), "f16c"),
+    "plain": (("-march=x86-64",), ""),
+}
+
+
+@functools.cache
+def library_of(form: str) -> ctypes.CDLL:
+    options, flag = FORMS[form]
+    if flag not in instruction_set():
+        pytest.skip(f"the processor has no {flag}")
+    library = load_library(few_rows._SOURCES[1:], *options)
+    assert library is not None
+    return library
+
+
+def multiply_by(library: ctypes.CDLL, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    outs = [x.new_full((len(x), len(weight)), 9) for weight in weights]
+    fields = [
+        number
+        for weight, out in zip(weights, outs, strict=True)
+        for number in (weight.data_ptr(), out.data_ptr(), len(weight))
+    ]
+    table = (ctypes.c_int64 * len(fields))(*fields)
+    sizes = (TYPES[x.dtype], len(x), x.shape[1])
+    assert library.multiply_dense(
+        ctypes.c_void_p(x.data_ptr()), *map(ctypes.c_int64, sizes), table, len(weights), 2
+    )
+    return outs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(dtype: torch.dtype, form: str):
+    library = library_of(form)
+    torch.manual_seed(0)
+    # A vector's columns and some more or less; rows that don't divide into runs.
+    for width, num_x in itertools.product((1, 20, 64, 100, 2048), (1, 2, 3, 4, 5, 8, 9, 13, 16)):
+        x = torch.randn(num_x, width).to(dtype)
+        weights = [torch.randn(num_rows, width).to(dtype) for num_rows in (37, 1, 16)]
+        for out, weight in zip(multiply_by(library, x, weights), weights, strict=True):
+            exact = x.double() @ weight.double().t()
+            assert (out.double() - exact).abs().max() <= ALLOWED_ERROR[dtype] * exact.abs().max()
+
+
+def exact_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
+) -> Tensor:
+    rows, tokens = torch.arange(k_cache.shape[2]), torch.arange(q.shape[2])
+    seen = rows <= positions[:, None, None] + tokens[:, None]  # [B, T, S]
+    return F.scaled_dot_product_attention(
+        q.double(),
+        k_cache[slots].double(),
+        v_cache[slots].double(),
+        seen[:, None],
+        scale=scale,
+        enable_gqa=True,
+    ).transpose(1, 2)
+
+
+# H, K, T, S, D and the positions: some behind the last row, which then see all rows.
+SIZES = (
+    (8, 2, 1, 64, 20, (5,)),
+    (4, 4, 1, 600, 64, (0, 255, 256, 599, 700)),
+    (6, 2, 7, 300, 32, (0, 290)),
+    (3, 1, 16, 40, 128, (24,)),
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens", "rows", "dim", "given"), SIZES)
+def test_attention(
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    rows: int,
+    dim: int,
+    given: tuple[int, ...],
+    dtype: torch.dtype,
+    form: str,
+):
+    library = library_of(form)
+    torch.manual_seed(0)
+    batch = len(given)
+    q = torch.randn(batch, tokens, heads, dim).to(dtype).transpose(1, 2)
+    k_cache, v_cache = torch.randn(2, batch + 2, kv_heads, rows, dim).to(dtype)
+    positions, slots = torch.tensor(given), torch.randperm(batch + 2)[:batch]
+    out = q.new_empty(batch, tokens, heads, dim)
+    numbers = (q.data_ptr(), batch, heads, tokens, dim, *q.stride()[:3])
+    queries = (ctypes.c_int64 * 8)(*numbers)
+    cache = (ctypes.c_int64 * 4)(k_cache.data_ptr(), v_cache.data_ptr(), kv_heads, rows)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (positions, slots))
+    scale = dim**-0.5
+    last = (ctypes.c_int64(TYPES[dtype]), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(2))
+    assert library.attend(queries, cache, *pointers, ctypes.c_double(scale), *last)
+    exact = exact_attention(q, k_cache, v_cache, positions, slots, scale)
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error <= {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+
+
+def test_attention_has_the_same_bits_whatever_the_number_of_threads():
+    assert load_operators() is not None
+    torch.manual_seed(0)
+    q, caches = torch.randn(2, 6, 3, 16), torch.randn(2, 2, 2, 900, 16)
+    given = (torch.tensor([880, 300]), torch.tensor([1, 0]), 0.25)
+    before, outs = torch.get_num_threads(), []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        outs.append(attend_few(q, *caches, *given))
+    torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_the_operators_are_well_formed():
+    assert load_operators() is not None
+    x, weights = torch.randn(2, 16), [torch.randn(5, 16), torch.randn(3, 16)]
+    torch.library.opcheck(torch.ops.llamac.multiply_few, (x, weights))
+    torch.library.opcheck(torch.ops.llamac.multiply_many, (x, weights[0]))
+    packed, scale = torch.zeros(5, 8, dtype=torch.uint8), torch.ones(5, 1)
+    torch.library.opcheck(torch.ops.llamac.multiply_few_packed, (x, [packed], [scale], []))
+    cache = torch.randn(2, 2, 9, 16)
+    numbers = torch.tensor([3])
+    torch.library.opcheck(
+        torch.ops.llamac.attend_few,
+        (torch.randn(1, 4, 1, 16), cache, cache.clone(), numbers, numbers * 0, 0.25),
+    )
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    assert load_operators() is not None
+    x, weight = torch.randn(2, 16), torch.randn(5, 16)
+    for wrong in (
+        (torch.randn(17, 16), [weight]),
+        (x, [torch.randn(5, 15)]),
+        (x, [weight.bfloat16()]),
+        (x, [torch.randn(16, 5).t()]),
+        (x.double(), [weight.double()]),
+    ):
+        with pytest.raises(RuntimeError):
+            multiply_few(*wrong)
+    packed = torch.zeros(5, 8, dtype=torch.uint8)
+    for packs, scales, minima in (
+        ([packed], [torch.ones(4, 1)], []),
+        ([packed[:, :5]], [torch.ones(5, 1)], []),
+        ([packed], [torch.ones(5, 1)], [torch.ones(5, 2)]),
+    ):
+        with pytest.raises(RuntimeError):
+            few_rows.multiply_few_packed(x, packs, scales, minima)
+
+
+@pytest.mark.parametrize("by_amd", [False, True])
+def test_many_rows(by_amd: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llamac.model.kernels.many_rows.is_amd", lambda: by_amd)
+    x, weight = torch.randn(40, 96), torch.randn(33, 96)
+    out = multiply_many(x, weight)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=0)
