@@ -161,6 +161,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--prepack", action="store_true", help="ORT on CPUs: a private, faster copy of the weights"
     )
     parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that hold the model together in eager and compile*, which share the "
+        "threads (default: 1)",
+    )
+    parser.add_argument(
         "--json", type=Path, default=Path("build/bench"), metavar="DIR", help="results and charts"
     )
     parser.add_argument("--no-charts", action="store_true")
@@ -237,9 +245,17 @@ def _plan(args: argparse.Namespace) -> Plan:
         cold=args.cold,
         cache=cache_folder("bench"),
         logs=args.json / "logs",
-        options={"prepack": "on"} if args.prepack else {},
+        options=_own_options(args),
         say=_say,
     )
+
+
+def _own_options(args: argparse.Namespace) -> dict[str, str]:
+    """Of the systems that have such an option."""
+    options = {"prepack": "on"} if args.prepack else {}
+    if args.tensor_parallel > 1:
+        options["tensor_parallel"] = str(args.tensor_parallel)
+    return options
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -247,7 +263,7 @@ def _check_options(args: argparse.Namespace) -> None:
         "trials": _MIN_TRIALS,
         "sweep": MIN_SWEEP_ROWS,
         **dict.fromkeys(("prompt_len", "new_tokens", "batch_size", "threads", "layers"), 1),
-        **dict.fromkeys(("max_seq_len", "prefill_len", "cold_start"), 1),
+        **dict.fromkeys(("max_seq_len", "prefill_len", "cold_start", "tensor_parallel"), 1),
     }
     for name, smallest in least.items():
         value = getattr(args, name)

@@ -154,6 +154,7 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
 
     from ..model.load import load_backend
 
+    ranks = int(setup.options.get("tensor_parallel", "1"))
     torch.set_num_threads(setup.threads)
     import_s = time.perf_counter() - begin
     loaded = load_backend(
@@ -164,10 +165,13 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
         batch_size=setup.batch_size,
         max_seq_len=setup.max_seq_len,
         prefill_len=setup.prefill_len,
+        threads=None if ranks == 1 else max(1, setup.threads // ranks),
+        tensor_parallel=ranks,
     )
     backend, startup = loaded.backend, loaded.backend.startup
     tokenizer, tokenizer_phase = _load_tokenizer(loaded.checkpoint.side_folder)
-    facts = {"cache_hit": startup.cache_hit} if compile else {}
+    facts: dict[str, object] = {"cache_hit": startup.cache_hit} if compile else {}
+    facts |= {"tensor_parallel": ranks} if ranks > 1 else {}
     phases = {"import_s": import_s, "load_s": loaded.load_s, "warmup_s": startup.warmup_s}
     # Eagerly the first call compiles nothing; it is as much warm-up as the second.
     phases["compile_s" if compile else "first_call_s"] = startup.compile_s
@@ -233,7 +237,8 @@ def _open_ort(setup: Setup, *, provider: str, target: str) -> Runner:
     )
     phases = {"import_s": import_s, "load_s": time.perf_counter() - begin}
     precision = "float32" if provider == "cpu" else setup.dtype
-    facts: dict[str, object] = {"onnxruntime": onnxruntime.__version__, **setup.options}
+    facts: dict[str, object] = {"onnxruntime": onnxruntime.__version__}
+    facts |= {"prepack": "on"} if prepack else {}
     facts |= _packed_facts(manifest, target)
     return BackendRunner(
         backend,

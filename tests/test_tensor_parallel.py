@@ -16,6 +16,7 @@ import pytest
 from openai import OpenAI
 from test_foreign_formats import CONFIG
 from test_parallel import write_source
+from test_run_cli import export_tiny
 
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.runtime.load import load
@@ -31,7 +32,7 @@ def compare_cases(folder: Path, world_size: int, cases: list[dict[str, Any]]) ->
     asked, told = folder / "cases.json", folder / f"{world_size}.json"
     asked.write_text(json.dumps(cases))
     words = [*TORCHRUN, str(world_size), str(TESTS / "rank_cases.py"), str(asked), str(told)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(told.read_text())
 
@@ -230,3 +231,46 @@ def test_a_server_of_ranks_answers_openais_client():
             answer = client.completions.create(model="any", **body)
             assert answer.choices[0].text == alone
     assert not is_running(follower_id)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tensor-parallel", "3"), "num_attention_heads is 8, which 3 ranks don't divide"),
+        (("--tensor-parallel", "0"), "tensor_parallel is 0; it must be between 1 and"),
+        (("--tensor-parallel", "two"), "--tensor-parallel: invalid int value: 'two'"),
+        (
+            ("--tensor-parallel", "2", "--quantize", "int8"),
+            "o_proj: 128 columns in groups of 128 can't be divided by 2 ranks",
+        ),
+    ],
+)
+def test_what_ranks_can_not_hold_is_refused_before_any_starts(refused, words, message):
+    refused(message, "generate", "-p", "One day", *words)
+
+
+def test_a_bundle_runs_in_one_process(refused, tmp_path: Path):
+    folder = export_tiny(tmp_path).folder
+    refused("a bundle runs in one process", "chat", folder, "--tensor-parallel", "2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "message"),
+    [
+        (("0", "2"), ("--tensor-parallel", "4"), "--tensor-parallel is 4, 2 ranks were started"),
+        (("0", "3"), (), "num_attention_heads is 8, which 3 ranks don't divide"),
+        (("a", "2"), (), "RANK is 'a' and WORLD_SIZE '2'; they must be numbers"),
+    ],
+)
+def test_what_torchrun_started_is_checked(
+    refused, monkeypatch: pytest.MonkeyPatch, ranks, words, message
+):
+    monkeypatch.setenv("RANK", ranks[0])
+    monkeypatch.setenv("WORLD_SIZE", ranks[1])
+    refused(message, "generate", "-p", "One day", *words)
+
+
+def test_ranks_that_were_started_together_are_one_replica(refused, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("--replicas is 2; ranks that were started together", "serve", "--replicas", "2")

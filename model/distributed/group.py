@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _BEAT_S = 0.25
 _LOST_BEATS = 40  # of the watcher's own: a stopped terminal's time doesn't count
 _START = timedelta(seconds=300)  # from the first rank's arrival to the last one's
-_STEP = timedelta(seconds=30)  # one rank may read its weights while another waits
+_STEP = timedelta(seconds=20)  # one rank may read its weights while another waits
 _FOREVER = timedelta(days=365)  # a chat may wait for its next line
 _STOP_S = 3.0
 _FAULT_S = 1.0  # in which the watcher finds out why a collective failed
@@ -141,8 +141,11 @@ class RankGroup:
         self.rank = replace(rank, group=dist.group.WORLD.group_name)
 
     def started(self) -> None:
-        """From here on the ranks do the same at the same time; one that doesn't is lost."""
+        """Waits for all to be ready; from here on, a rank that others wait for too long is lost."""
+        dist.barrier(group=self.commands)
         _set_pg_timeout(_STEP)
+        if self.rank.index == 0:
+            _set_pg_timeout(_STEP, self.commands)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
