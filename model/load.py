@@ -82,7 +82,7 @@ def load_backend(
         threads: CPU threads, of each rank; None leaves torch's number, of several ranks on this
             machine their share of the cores.
         tensor_parallel: How many ranks hold the model together, each a process; if one is lost,
-            this one ends too.
+            this one ends too. The backend's `close`, or this process's end, ends the others.
         all_logits: Whether `score` can be called.
         announce: Told the bytes needed before anything is loaded.
         progress: Told what is being done.

@@ -319,4 +319,6 @@ class Source:
             "compile_cache_hit": startup.cache_hit,
             "warmup_s": startup.warmup_s,
         }
-        return loaded.backend, f"torch-{kind}/{device}", facts
+        ranks = self.options.get("tensor_parallel", 1)
+        name = f"torch-{kind}/{device}" + (f" x {ranks}" if ranks > 1 else "")
+        return loaded.backend, name, facts

@@ -6,7 +6,10 @@ Reads a JSON list of cases, writes one of how each compares.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from torch._dynamo.utils import counters
 
 from llamac.model import TorchBackend
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.distributed import group as group_module
 from llamac.model.distributed.backend import ParallelBackend, _Call, follow
 from llamac.model.distributed.group import RankGroup
 from llamac.model.load import load_part
-from llamac.runtime.backend import Backend
+from llamac.runtime.backend import Backend, BackendUnavailableError
 from llamac.runtime.compare import compare_logits
 from llamac.runtime.launcher import launched_rank
 from llamac.runtime.request import Request
@@ -85,16 +89,36 @@ def lead(case: dict[str, Any], own: TorchBackend, group: RankGroup) -> dict[str,
     return {**compare(found, run(alone), case["dtype"]), **facts}
 
 
+def get_stuck(own: TorchBackend, group: RankGroup, *, is_first: bool) -> dict[str, Any]:
+    """The other rank lives, and does nothing."""
+    if not is_first:
+        time.sleep(8)
+        os._exit(0)
+    together = ParallelBackend(own, group, num_kv_heads=1)
+    said = []
+    for _ in range(2):
+        try:
+            together.prefill(0, IDS[:8], 0)
+        except BackendUnavailableError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
 def main() -> None:
     launched = launched_rank()
     assert launched is not None
     group = RankGroup.lead(launched[1], {}) if launched[0] == 0 else RankGroup.join()[0]
     group.connect("cpu")
     results = []
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    if any(case.get("stuck") for case in cases):
+        group_module._STEP = timedelta(seconds=2)
+    for case in cases:
         options: Any = {**OPTIONS, "dtype": case["dtype"], "compile": case["compile"]}
         own, _ = load_part(open_checkpoint(case["source"]), group, **options)
-        if launched[0] == 0:
+        if case.get("stuck"):
+            results.append(get_stuck(own, group, is_first=launched[0] == 0))
+        elif launched[0] == 0:
             results.append(lead(case, own, group))
         else:
             follow(own, group)

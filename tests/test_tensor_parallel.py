@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 from test_foreign_formats import CONFIG
 from test_parallel import write_source
 from test_run_cli import export_tiny
 
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.load import DEMO_FOLDER
 from llamac.runtime.load import load
 from serving import serving
 
@@ -195,6 +199,30 @@ def test_a_rank_that_hangs_is_missed():
     code, (*_, line) = running.end()
     assert code == 1
     assert line == "CRITICAL: rank 1 of 2 has said nothing for 10 s; the others end too"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_is_an_error(tmp_path: Path):
+    """It says that it lives, and takes no part."""
+    stuck = {**case(tmp_path / "hf", "hf"), "stuck": True}
+    (result,) = compare_cases(tmp_path, 2, [stuck])
+    first, second = result["said"]
+    assert first.startswith("another rank is gone: ")
+    assert "Timed out" in first
+    assert second == "a step was interrupted; the ranks can't go on together"
+
+
+@pytest.mark.slow
+def test_a_rank_that_can_not_load_says_why_through_the_first(tmp_path: Path):
+    """The first one's half of the weight is whole."""
+    folder = shutil.copytree(DEMO_FOLDER, tmp_path / "demo")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    running = Running("--model", str(folder), "--dtype", "bfloat16", "-p", "One day")
+    code, (_, line) = running.end()
+    assert code == 1
+    assert re.search(r"^CRITICAL: rank 1: .*1\.mlp\.up_proj\.weight holds nan.*; the others", line)
 
 
 @pytest.mark.slow
