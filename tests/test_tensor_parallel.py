@@ -94,7 +94,7 @@ def test_compiled_ranks_compute_the_same_and_start_again_from_disk(tmp_path: Pat
             assert result["from_disk"] is from_disk
 
 
-STORY = ("-p", "Once upon a time", "--seed", "0", "--max-new-tokens", "60")
+STORY = ("-p", "Once upon a time", "--seed", "0", "--max-new-tokens", "60", "--prefill-len", "16")
 LLAMAC = [sys.executable, "-m", "llamac.runtime.cli"]
 
 

@@ -98,10 +98,11 @@ class ParallelBackend:
     def close(self) -> None:
         """Ends the other ranks; the backend can't be used any more."""
         atexit.unregister(self.close)
-        if self._is_told:  # they wait for what this rank didn't finish
+        try:
+            with self._tell(_Call.STOP, 0, 0):
+                pass
+        except BackendUnavailableError:  # they wait for what this rank didn't finish, or are gone
             self._group.kill()
-        else:
-            self._send(_Call.STOP, 0, 0, ())
         self._group.close()
 
     @contextlib.contextmanager
