@@ -112,6 +112,8 @@ def _problems(result: dict[str, Any]) -> list[str]:
         found.append(f"{before} descriptors became {after}")
     if result["in_flight"]:
         found.append(f"{result['in_flight']} requests are in flight")
+    if not all(one["engine"] for one in memory):
+        found.append("an engine was not back long after its predecessor's end")
     # The first minute fills what is kept: modules, pools, the statistics' labels.
     for name in memory[0]:
         sizes = [one[name] for one in memory if one[name]]

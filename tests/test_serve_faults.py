@@ -161,8 +161,8 @@ def test_two_replicas_share_the_work_and_survive_one(bundle: Path):
         served.until_status(200)
 
 
-def test_a_stream_that_nobody_reads_is_ended(bundle: Path):
-    setup = EngineSetup(
+def engine_setup(bundle: Path) -> EngineSetup:
+    return EngineSetup(
         source=str(bundle),
         options={"threads": 1},
         generation_config=False,
@@ -170,6 +170,36 @@ def test_a_stream_that_nobody_reads_is_ended(bundle: Path):
         default_batch=1,
         environment={},
     )
+
+
+@pytest.mark.parametrize(
+    ("stable_s", "waits"), [(0.0, ["0.01"] * 3), (60.0, ["0.01", "0.02", "0.04"])]
+)
+def test_an_engine_that_served_a_while_is_started_again_at_once(
+    bundle: Path, stable_s: float, waits: list[str], caplog: pytest.LogCaptureFixture
+):
+    """A death a minute used to double the wait each time, up to half a minute."""
+
+    async def kill_often() -> None:
+        engine = EngineClient(engine_setup(bundle), first_wait_s=0.01, stable_s=stable_s)
+        await engine.start()
+        try:
+            for _ in waits:
+                while engine.state != "ready":
+                    await asyncio.sleep(0.01)
+                assert engine.process_id is not None
+                os.kill(engine.process_id, signal.SIGKILL)
+                while engine.state == "ready":
+                    await asyncio.sleep(0.01)
+        finally:
+            await engine.stop()
+
+    asyncio.run(kill_often())
+    assert re.findall(r"another starts in (\S+) s", caplog.text) == waits
+
+
+def test_a_stream_that_nobody_reads_is_ended(bundle: Path):
+    setup = engine_setup(bundle)
 
     async def read_late() -> None:
         engine = EngineClient(setup)

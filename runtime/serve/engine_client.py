@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 EngineState = Literal["loading", "ready", "dead", "stopped"]
 
 _LONGEST_WAIT_S = 30.0  # between two starts
-_STABLE_S = 60.0  # after so long a death counts as the first again
+_STABLE_S = 10.0  # after so long a death counts as the first again
 _STOP_S = 5.0  # that a process gets to end by itself
 
 DIED = "the engine ended; it is being started again"
@@ -39,18 +39,21 @@ class EngineClient:
         num_waiting: Requests without one.
     """
 
-    def __init__(self, setup: EngineSetup, *, first_wait_s: float = 0.25) -> None:
+    def __init__(
+        self, setup: EngineSetup, *, first_wait_s: float = 0.25, stable_s: float = _STABLE_S
+    ) -> None:
         """Knows how to start an engine; `start` does.
 
         Args:
             setup: What it loads.
             first_wait_s: Between a death and the next start; doubled with every death after it.
+            stable_s: Of an engine that was ready for longer the death counts as the first again.
         """
         self.state: EngineState = "loading"
         self.ready: Ready | None = None
         self.num_running = self.num_waiting = 0
         self._setup = setup
-        self._first_wait_s = first_wait_s
+        self._first_wait_s, self._stable_s = first_wait_s, stable_s
         self._num_deaths = 0
         self._ready_since_s = 0.0
         self._sinks: dict[int, Callable[[EngineEvent], None]] = {}
@@ -183,7 +186,7 @@ class EngineClient:
         assert self._process is not None
         self._process.kill()
         code = self._process.wait()
-        if time.monotonic() - self._ready_since_s > _STABLE_S:
+        if time.monotonic() - self._ready_since_s > self._stable_s:
             self._num_deaths = 0
         wait_s = min(self._first_wait_s * 2**self._num_deaths, _LONGEST_WAIT_S)
         self._num_deaths += 1
