@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import KVCache
+from .cache import KVCache, quantize_rows
 from .config import LlamaConfig
 from .kernels.few_rows import MAX_ROWS, attend_few
 from .kernels.live_attention import attend_live
@@ -93,18 +93,22 @@ class TorchAttention(nn.Module):
         scale: float,
     ) -> Tensor:
         """See Attention."""
-        k_cache, v_cache = cache
+        k_cache, v_cache, *scales = cache
         q = rotate(q, cos, sin).transpose(1, 2)  # [B, H, T, D]
         k = rotate(k, cos, sin).transpose(1, 2)  # [B, K, T, D]
         heads, tokens = (torch.arange(n, device=q.device) for n in k.shape[1:3])
         rows = write_indices[:, None] + tokens  # [B, T]
         index = (slots[:, None, None], heads[:, None], rows[:, None])
         # Inductor writes index_put_ in place; scatter_ it would do on a copy of the whole cache.
-        k_cache.index_put_(index, k)
-        v_cache.index_put_(index, v.transpose(1, 2))
-        few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS and q.dtype == k_cache.dtype
-        attend = attend_few if few else attend_live
-        return attend(q, k_cache, v_cache, positions, slots, scale)
+        written = [k, v.transpose(1, 2)]
+        if scales:
+            (k, k_scale), (v, v_scale) = map(quantize_rows, written)
+            written = [k, v, k_scale, v_scale]
+        for buffer, rows_written in zip(cache, written, strict=True):
+            buffer.index_put_(index, rows_written)
+        few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS
+        attend = attend_few if few and (scales or q.dtype == k_cache.dtype) else attend_live
+        return attend(q, k_cache, v_cache, positions, slots, scale, *scales)
 
 
 def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 _DEVICES = ("cpu", "cuda")
+_KV_DTYPES = ("int8",)
 _MAX_RANKS = 1024
 _MAX_WINDOWS = 16  # that RoPE rows are made for: a context of millions would cost gigabytes
 
@@ -59,6 +60,7 @@ def load_backend(
     compile: bool = True,
     device: str = "cpu",
     dtype: str | None = None,
+    kv_dtype: str | None = None,
     batch_size: int = 1,
     max_seq_len: int | None = None,
     prefill_len: int | tuple[int, ...] | None = None,
@@ -76,6 +78,8 @@ def load_backend(
         compile: Whether to compile; False runs eagerly.
         device: "cpu" or "cuda".
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's own.
+        kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each row and head; None
+            keeps them in dtype.
         batch_size: B, cache slots.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         prefill_len: P, or several, ascending; None is 16 and 128, at most S.
@@ -98,6 +102,8 @@ def load_backend(
     _check_choice("device", device, _DEVICES)
     if dtype is not None:
         _check_choice("dtype", dtype, DTYPES)
+    if kv_dtype is not None:
+        _check_choice("kv_dtype", kv_dtype, _KV_DTYPES)
     opened = isinstance(source, Checkpoint)
     checkpoint = source if opened else open_checkpoint(source or DEMO_FOLDER)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -113,12 +119,14 @@ def load_backend(
     if device == "cuda":
         _check_cuda(num_local_ranks(tensor_parallel))
     check_ranks(checkpoint, tensor_parallel)
-    text = _check_memory(checkpoint, shape, device, getattr(torch, dtype), tensor_parallel)
+    dtypes = getattr(torch, dtype), getattr(torch, kv_dtype or dtype)
+    text = _check_memory(checkpoint, shape, device, dtypes, tensor_parallel)
     announce(f"{text} ({dtype}, batch {batch_size}, max_seq_len {shape.max_seq_len})")
     options: dict[str, Any] = {
         "compile": compile,
         "device": device,
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
         "batch_size": batch_size,
         "max_seq_len": max_seq_len,
         "prefill_len": prefill_len,
@@ -153,6 +161,7 @@ def load_part(
     compile: bool,
     device: str,
     dtype: str,
+    kv_dtype: str | None,
     batch_size: int,
     max_seq_len: int | None,
     prefill_len: int | tuple[int, ...] | None,
@@ -169,6 +178,7 @@ def load_part(
         compile: See load_backend.
         device: See load_backend.
         dtype: See load_backend.
+        kv_dtype: See load_backend.
         batch_size: See load_backend.
         max_seq_len: See load_backend.
         prefill_len: See load_backend.
@@ -207,7 +217,7 @@ def load_part(
             batch_size=batch_size,
             max_seq_len=shape.max_seq_len,
             prefill_lens=shape.prefill_lens,
-            cache_dtype=torch_dtype,
+            cache_dtype=getattr(torch, kv_dtype or dtype),
             compile=compile,
             all_logits=all_logits,
             progress=progress,
@@ -277,15 +287,20 @@ def _check_cuda(num_ranks: int) -> None:
 
 
 def _check_memory(
-    checkpoint: Checkpoint, shape: StaticShape, device: str, dtype: torch.dtype, world_size: int
+    checkpoint: Checkpoint,
+    shape: StaticShape,
+    device: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    world_size: int,
 ) -> str:
     """Returns what will be allocated, in words, if it fits; of several ranks each one's."""
+    dtype, cache_dtype = dtypes
     if world_size > 1:
         checkpoint = shard_checkpoint(checkpoint, Rank(index=0, world_size=world_size))
     config, rows = checkpoint.config, shape.max_seq_len
     needed = {
         "weights": weight_bytes(checkpoint, dtype),
-        "cache": cache_bytes(config, shape.batch_size, rows, dtype=dtype),
+        "cache": cache_bytes(config, shape.batch_size, rows, dtype=cache_dtype),
         "RoPE": rope_bytes(config, shape.num_positions),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in needed.items())

@@ -38,6 +38,7 @@ class LoadOptions(TypedDict, total=False):
         tensor_parallel: Of a checkpoint: how many processes hold it together; default 1.
         device: Of a checkpoint: "cpu" or "cuda".
         dtype: Of a checkpoint: "float32", "float16" or "bfloat16"; default its own.
+        kv_dtype: Of a checkpoint: "int8", of the cache; default dtype's.
         adapter: Of a checkpoint: the folder of a LoRA that PEFT saved, merged as it is read.
         quantize: Of a checkpoint: "int4" or "int8", which is done once and kept in the user's
             cache; default as it is.
@@ -57,6 +58,7 @@ class LoadOptions(TypedDict, total=False):
     tensor_parallel: int
     device: str
     dtype: str
+    kv_dtype: str
     adapter: Path
     quantize: str
     batch_size: int
@@ -70,7 +72,7 @@ class LoadOptions(TypedDict, total=False):
     check: bool
 
 
-_OF_CHECKPOINTS = {"device", "dtype", "adapter", "quantize", "tensor_parallel"}
+_OF_CHECKPOINTS = {"device", "dtype", "kv_dtype", "adapter", "quantize", "tensor_parallel"}
 _OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
@@ -303,6 +305,7 @@ class Source:
             compile=kind == "compile",
             device=device,
             dtype=self.options.get("dtype"),
+            kv_dtype=self.options.get("kv_dtype"),
             batch_size=shape.batch_size,
             max_seq_len=shape.max_seq_len,
             prefill_len=self.options.get("prefill_len"),

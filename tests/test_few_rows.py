@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.few_rows import attend_few, load_operators, multiply_few
@@ -93,6 +94,7 @@ SIZES = (
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "tokens", "rows", "dim", "given"), SIZES)
 def test_attention(
@@ -103,23 +105,29 @@ def test_attention(
     dim: int,
     given: tuple[int, ...],
     dtype: torch.dtype,
+    in_int8: bool,
     form: str,
 ):
     library = library_of(form)
     torch.manual_seed(0)
     batch = len(given)
     q = torch.randn(batch, tokens, heads, dim).to(dtype).transpose(1, 2)
-    k_cache, v_cache = torch.randn(2, batch + 2, kv_heads, rows, dim).to(dtype)
+    caches = torch.randn(2, batch + 2, kv_heads, rows, dim).to(dtype)
+    stored, scales = quantize_rows(caches) if in_int8 else (caches, None)
+    if scales is not None:
+        caches = stored * scales[..., None]
+    addresses = [0, 0] if scales is None else [one.data_ptr() for one in scales]
     positions, slots = torch.tensor(given), torch.randperm(batch + 2)[:batch]
     out = q.new_empty(batch, tokens, heads, dim)
     numbers = (q.data_ptr(), batch, heads, tokens, dim, *q.stride()[:3])
     queries = (ctypes.c_int64 * 8)(*numbers)
-    cache = (ctypes.c_int64 * 4)(k_cache.data_ptr(), v_cache.data_ptr(), kv_heads, rows)
+    addresses = [*(one.data_ptr() for one in stored), *addresses]
+    cache = (ctypes.c_int64 * 6)(*addresses, kv_heads, rows)
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (positions, slots))
     scale = dim**-0.5
     last = (ctypes.c_int64(TYPES[dtype]), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(2))
     assert library.attend(queries, cache, *pointers, ctypes.c_double(scale), *last)
-    exact = exact_attention(q, k_cache, v_cache, positions, slots, scale)
+    exact = exact_attention(q, *caches, positions, slots, scale)
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
 
@@ -150,6 +158,12 @@ def test_the_operators_are_well_formed():
     torch.library.opcheck(
         torch.ops.llamac.attend_few,
         (torch.randn(1, 4, 1, 16), cache, cache.clone(), numbers, numbers * 0, 0.25),
+    )
+    rows, scales = quantize_rows(cache)
+    torch.library.opcheck(
+        torch.ops.llamac.attend_few,
+        (torch.randn(1, 4, 1, 16), rows, rows.clone(), numbers, numbers * 0, 0.25),
+        {"k_scale": scales, "v_scale": scales.clone()},
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamac.model.cache import quantize_rows
 from llamac.model.kernels.live_attention import attend_live
 from llamac.model.kernels.packed_product import multiply_packed
 from llamac.model.linear import multiply_one
@@ -61,6 +62,8 @@ def check_attention(
     rows: int,
     head_dim: int,
     positions: list[int],
+    *,
+    in_int8: bool = False,
 ) -> None:
     """Compares with torch; whatever no query may see is NaN, one whole slot among it."""
     torch.manual_seed(0)
@@ -69,6 +72,9 @@ def check_attention(
     options = {"dtype": getattr(torch, dtype), "device": DEVICE}
     q = torch.randn(batch, num_tokens, heads, head_dim, **options).transpose(1, 2)
     k, v = (torch.randn(batch, kv_heads, rows, head_dim, **options) for _ in range(2))
+    stored = [quantize_rows(x) for x in (k, v)] if in_int8 else []
+    if stored:
+        k, v = ((rows * own[..., None]).to(q.dtype) for rows, own in stored)
     starts = torch.tensor(positions, device=DEVICE)
     mask = causal_mask(starts, num_tokens, rows)
     scale = 0.7 * head_dim**-0.5
@@ -81,7 +87,14 @@ def check_attention(
     caches = [torch.full((batch + 1, *x.shape[1:]), float("nan"), **options) for x in (k, v)]
     for cache, x in zip(caches, (k, v), strict=True):
         cache[slots] = x.masked_fill(dead, float("nan"))
-    out = attend(q, *caches, starts, slots, scale)
+    scales: list[torch.Tensor] = []
+    if stored:
+        scales = [torch.full(cache.shape[:-1], float("nan"), device=DEVICE) for cache in caches]
+        caches = [torch.full(cache.shape, 99, dtype=torch.int8, device=DEVICE) for cache in caches]
+        for cache, scale_cache, (rows_of, own) in zip(caches, scales, stored, strict=True):
+            cache[slots] = rows_of
+            scale_cache[slots] = own.masked_fill(dead[..., 0], float("nan"))
+    out = attend(q, *caches, starts, slots, scale, *scales)
     assert out.shape == (batch, num_tokens, heads, head_dim)
     assert out.is_contiguous()
     assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
@@ -115,10 +128,13 @@ def test_live_rows_alone_are_attended(
 
     monkeypatch.setattr(gpu, "_num_processors", lambda _: num_processors)
 
-    def attend(q, k_cache, v_cache, positions, slots, scale):
-        return gpu.attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale)
+    def attend(q, k_cache, v_cache, positions, slots, scale, *scales):
+        scales = scales or (None, None)
+        return gpu.attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale, scales=scales)
 
-    check_attention(attend, dtype, (heads, kv_heads), num_tokens, rows, head_dim, positions)
+    sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
+    check_attention(attend, dtype, *sizes)
+    check_attention(attend, dtype, *sizes, in_int8=True)
 
 
 @anywhere
@@ -216,6 +232,7 @@ class TestOnAGpu:
     ):
         sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
         check_attention(attend_live, dtype, *sizes)
+        check_attention(attend_live, dtype, *sizes, in_int8=True)
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize(("width", "num_rows"), [(2048, 256), (5632, 2049)])

@@ -149,16 +149,12 @@ class TorchBackend:
 
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
-        rows = [buffer[slot, :, :num_rows].float().cpu() for buffer in self.cache.buffers]
-        return torch.stack(rows).numpy()
+        return self.cache.read_rows(slot, num_rows).numpy()
 
     def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
         """Rows into a slot's cache; see Backend."""
-        buffers = self.cache.buffers
-        _, num_heads, max_seq_len, head_dim = buffers[0].shape
-        check_rows(rows, (len(buffers), num_heads, head_dim), max_seq_len)
-        for buffer, own in zip(buffers, torch.from_numpy(rows), strict=True):
-            buffer[slot, :, : own.shape[1]].copy_(own)
+        check_rows(rows, self.cache.row_shape, self.shape.max_seq_len)
+        self.cache.write_rows(slot, torch.from_numpy(rows))
 
     def _run_prefill(self, slot: int, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         """[N, V] logits of one chunk, valid until the next."""

@@ -89,8 +89,8 @@ class ParallelBackend:
 
     def write_rows(self, slot: int, rows: NDArray[np.float32]) -> None:
         """Rows into a slot's cache; see Backend."""
-        buffers = self._own.cache.buffers
-        expected = (len(buffers), self._num_kv_heads, buffers[0].shape[-1])
+        num_buffers, _, head_dim = self._own.cache.row_shape
+        expected = (num_buffers, self._num_kv_heads, head_dim)
         check_rows(rows, expected, self.shape.max_seq_len)
         with self._tell(_Call.WRITE, slot, rows.shape[2], [self._num_kv_heads]):
             _take_rows(self._own, self._group, slot, torch.from_numpy(rows))
@@ -175,8 +175,8 @@ def follow(own: TorchBackend, group: RankGroup) -> None:
                 rows = torch.from_numpy(own.read_rows(slot, number))
                 dist.gather(rows.contiguous(), group=group.commands)
             case _Call.WRITE:
-                buffers = own.cache.buffers
-                rows = torch.empty(len(buffers), words[0], number, buffers[0].shape[-1])
+                num_buffers, _, head_dim = own.cache.row_shape
+                rows = torch.empty(num_buffers, words[0], number, head_dim)
                 _take_rows(own, group, slot, rows)
 
 

@@ -59,8 +59,18 @@ inline float exp_of(float x) {
 }
 
 // `count` rows of keys or values as floats, padded with zeros.
-void widen(const Job& job, const void* cache, int64_t first, int64_t count, float* rows) {
+void widen(const Job& job, const void* cache, const float* scales, int64_t first, int64_t count,
+           float* rows) {
   const int64_t dim = job.queries.head_dim, padded = job.padded();
+  if (scales) {
+    for (int64_t row = 0; row < count; row++) {
+      const int8_t* own = static_cast<const int8_t*>(cache) + (first + row) * dim;
+      const float scale = scales[first + row];
+      for (int64_t i = 0; i < dim; i++) rows[row * padded + i] = float(own[i]) * scale;
+      std::fill(rows + row * padded + dim, rows + (row + 1) * padded, 0.f);
+    }
+    return;
+  }
   if (dim == padded) return to_floats(cache, job.type, first * dim, count * dim, rows);
   for (int64_t row = 0; row < count; row++) {
     to_floats(cache, job.type, (first + row) * dim, dim, rows + row * padded);
@@ -87,7 +97,7 @@ void attend_chunk(const Job& job, int64_t row, int64_t head, int64_t first, int6
   }
   for (int64_t block = first; block < last; block += BLOCK) {
     const int64_t count = std::min(BLOCK, last - block);
-    widen(job, job.cache.keys, begin + block, count, rows);
+    widen(job, job.cache.keys, job.cache.key_scales, begin + block, count, rows);
     for (int64_t q = 0; q < num_queries; q++)
       for (int64_t r = 0; r < count; r++) {
         Floats total = zeros();
@@ -110,7 +120,7 @@ void attend_chunk(const Job& job, int64_t row, int64_t head, int64_t first, int6
   std::fill(values, values + num_queries * padded, 0.f);
   for (int64_t block = first; block < last; block += BLOCK) {
     const int64_t count = std::min(BLOCK, last - block);
-    widen(job, job.cache.values, begin + block, count, rows);
+    widen(job, job.cache.values, job.cache.value_scales, begin + block, count, rows);
     for (int64_t q = 0; q < num_queries; q++) {
       const float* own = scores + q * CHUNK + block - first;
       for (int64_t i = 0; i < padded; i += LANES) {

@@ -30,7 +30,7 @@ for _schema in (
     "multiply_few(Tensor x, Tensor[] weights) -> Tensor[]",
     "multiply_few_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",
     "attend_few(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor slots, "
-    "float scale) -> Tensor",
+    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -56,10 +56,22 @@ def multiply_few_packed(
 
 
 def attend_few(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Does what live_attention.attend_live does, for at most 16 tokens of the caches' dtype."""
-    return torch.ops.llamac.attend_few(q, k_cache, v_cache, positions, slots, scale)
+    """Does what live_attention.attend_live does, for at most 16 tokens.
+
+    The caches are of q's dtype, or int8 with scales.
+    """
+    return torch.ops.llamac.attend_few(
+        q, k_cache, v_cache, positions, slots, scale, k_scale, v_scale
+    )
 
 
 @functools.cache
@@ -83,9 +95,7 @@ def _fake_products(x: Tensor, weights: list[Tensor], *_: list[Tensor]) -> list[T
     return [x.new_empty(len(x), len(weight)) for weight in weights]
 
 
-def _fake_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
-) -> Tensor:
+def _fake_attention(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
 
 

@@ -29,6 +29,7 @@ def attend_on_gpu(
     slots: Tensor,
     *,
     scale: float,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Runs causal attention, each slot's live rows cut into splits that run side by side.
 
@@ -41,6 +42,7 @@ def attend_on_gpu(
         positions: [B] int64, of each row's first token; its rows are written already.
         slots: [B] int64, the cache slot of each row.
         scale: Of the products of queries and keys.
+        scales: [slots, K, S] float32, of int8 keys and values; else None.
 
     Returns:
         [B, T, H, D] in q's dtype, contiguous.
@@ -67,6 +69,7 @@ def attend_on_gpu(
         q,
         k_cache,
         v_cache,
+        *scales,
         positions,
         slots,
         partial,
@@ -81,6 +84,7 @@ def attend_on_gpu(
         BLOCK_DIM=block_dim,
         BLOCK_QUERIES=block_queries,
         BLOCK_ROWS=block_rows,
+        IS_SCALED=scales[0] is not None,
         num_stages=2,
     )
     if splits == 1:
@@ -127,6 +131,8 @@ def _attend_split(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     positions,
     slots,
     partial,
@@ -144,6 +150,7 @@ def _attend_split(
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ):
     """One split of the live rows, for a block of the queries that share a key/value head.
 
@@ -170,18 +177,22 @@ def _attend_split(
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, live)
     slot = tl.load(slots + batch)
-    slot = (slot * NUM_KV_HEADS + kv_head) * max_seq_len * HEAD_DIM
+    first = (slot * NUM_KV_HEADS + kv_head) * max_seq_len
     largest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     denominator = tl.zeros((BLOCK_QUERIES,), tl.float32)
     sums = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
     for start in range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         is_row = row < end
-        offsets = slot + row[:, None] * HEAD_DIM + dim[None, :]
+        offsets = (first + row[:, None]) * HEAD_DIM + dim[None, :]
         inside = is_row[:, None] & is_dim[None, :]
-        keys = tl.load(k_cache + offsets, mask=inside, other=0.0)
-        values = tl.load(v_cache + offsets, mask=inside, other=0.0)
+        keys = tl.load(k_cache + offsets, mask=inside, other=0)
+        values = tl.load(v_cache + offsets, mask=inside, other=0)
+        if IS_SCALED:
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if IS_SCALED:
+            scores *= tl.load(k_scale + first + row, mask=is_row, other=0.0)[None, :]
         is_seen = is_row[None, :] & (row[None, :] <= position + token[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -190,6 +201,8 @@ def _attend_split(
         shrink = tl.exp(largest - base)
         probabilities = tl.exp(scores - base[:, None])
         denominator = denominator * shrink + tl.sum(probabilities, 1)
+        if IS_SCALED:
+            probabilities *= tl.load(v_scale + first + row, mask=is_row, other=0.0)[None, :]
         product = tl.dot(probabilities.to(values.dtype), values, input_precision="ieee")
         sums = sums * shrink[:, None] + product
         largest = new_largest

@@ -14,7 +14,14 @@ __all__ = ["attend_live"]
 
 @torch.library.custom_op("llamac::attend_live", mutates_args=(), device_types="cpu")
 def attend_live(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention whose cost follows the context, not the cache's size.
 
@@ -28,13 +35,20 @@ def attend_live(
         positions: [B] int64, of each row's first token; once it is S or more, all rows are seen.
         slots: [B] int64, the cache slot of each row.
         scale: Of the products of queries and keys.
+        k_scale: [slots, K, S] float32 where the caches are int8, else None.
+        v_scale: The same of the values.
 
     Returns:
         [B, H, T, D] as a contiguous [B, T, H, D].
     """
-    num_tokens = q.shape[2]
+    dtype, num_tokens = q.dtype, q.shape[2]
     live = min(int(positions.max()) + num_tokens, k_cache.shape[2])
     k, v = (_select(cache, slots)[:, :, :live] for cache in (k_cache, v_cache))
+    if k_scale is not None and v_scale is not None:
+        k, v = (
+            (rows * _select(own, slots)[:, :, :live, None]).to(dtype)
+            for rows, own in ((k, k_scale), (v, v_scale))
+        )
     seen = causal_mask(positions, num_tokens, live)
     if num_tokens > 1:
         if q.dtype in STORAGE_DTYPES:
@@ -47,22 +61,28 @@ def attend_live(
         mask = seen if q.shape[0] > 1 else None  # a lone token sees all live rows
         out = F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale)
         out = out.reshape(q.shape)
-    return out.transpose(1, 2).to(k_cache.dtype).contiguous()
+    return out.transpose(1, 2).to(dtype).contiguous()
 
 
 @attend_live.register_kernel("cuda")
 def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     from .gpu import attend_on_gpu
 
-    return attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale)
+    scales = (k_scale, v_scale)
+    return attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale, scales=scales)
 
 
 @attend_live.register_fake
-def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor, scale: float
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
 
 

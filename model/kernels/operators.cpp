@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "numbers.h"
@@ -77,18 +78,30 @@ std::vector<Tensor> multiply_few_packed(const Tensor& x, TensorList packed, Tens
 }
 
 Tensor attend_few(const Tensor& q, const Tensor& keys, const Tensor& values,
-                  const Tensor& positions, const Tensor& slots, double scale) {
+                  const Tensor& positions, const Tensor& slots, double scale,
+                  const std::optional<Tensor>& key_scales,
+                  const std::optional<Tensor>& value_scales) {
   TORCH_CHECK(q.dim() == 4 && q.stride(3) == 1, "queries must be [B, H, T, D], of whole heads");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
   check(keys, {-1, -1, -1, dim}, "the keys' cache");
   check(values, keys.sizes(), "the values' cache");
   check(positions, {batch}, "positions");
   check(slots, {batch}, "slots");
-  TORCH_CHECK(keys.scalar_type() == q.scalar_type(), "the cache's dtype is not the queries'");
+  const float *key_scale = nullptr, *value_scale = nullptr;
+  if (key_scales && value_scales) {
+    check(*key_scales, keys.sizes().slice(0, 3), "the keys' scales");
+    check(*value_scales, keys.sizes().slice(0, 3), "the values' scales");
+    key_scale = key_scales->const_data_ptr<float>();
+    value_scale = value_scales->const_data_ptr<float>();
+  }
+  const auto stored = key_scale ? at::kChar : q.scalar_type();
+  TORCH_CHECK(keys.scalar_type() == stored && values.scalar_type() == stored,
+              "the cache is of ", keys.scalar_type(), "; it must be of ", stored);
   Tensor out = at::empty({batch, tokens, heads, dim}, q.options());
   const Queries queries{q.const_data_ptr(), batch,       heads,      tokens, dim,
                         q.stride(0),        q.stride(1), q.stride(2)};
-  const Cache cache{keys.const_data_ptr(), values.const_data_ptr(), keys.size(1), keys.size(2)};
+  const Cache cache{keys.const_data_ptr(), values.const_data_ptr(), key_scale,
+                    value_scale,           keys.size(1),            keys.size(2)};
   check_memory(attend(&queries, &cache, positions.const_data_ptr<int64_t>(),
                       slots.const_data_ptr<int64_t>(), scale, type_of(q), out.mutable_data_ptr(),
                       at::get_num_threads()));

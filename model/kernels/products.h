@@ -29,9 +29,11 @@ struct Queries {
   int64_t row_stride, head_stride, token_stride;
 };
 
-// [slots, num_heads, num_rows, head_dim], contiguous, of the queries' type.
+// [slots, num_heads, num_rows, head_dim], contiguous, of the queries' type; or int8, with scales
+// [slots, num_heads, num_rows].
 struct Cache {
   const void *keys, *values;
+  const float *key_scales, *value_scales;  // or null
   int64_t num_heads, num_rows;
 };
 

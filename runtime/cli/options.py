@@ -248,6 +248,11 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of checkpoints")
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
     group.add_argument("--dtype", choices=_DTYPES, help="(default: the checkpoint's own)")
+    group.add_argument(
+        "--kv-dtype",
+        choices=("int8",),
+        help="of the cache: half of bfloat16's memory, and nearly its texts (default: as --dtype)",
+    )
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
