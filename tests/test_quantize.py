@@ -30,9 +30,11 @@ from torch import Tensor
 from llamac.model.checkpoint import Checkpoint, load_model, open_checkpoint
 from llamac.model.checkpoint.stored import weight_shapes
 from llamac.model.config import LlamaConfig
+from llamac.model.kernels.packed_product import dequantize
 from llamac.model.load import DEMO_FOLDER
 from llamac.model.packed import PackedFormat
 from llamac.model.quantization import parse_recipe, quantize_checkpoint, quantized_copy
+from llamac.model.quantization.rounding import round_weight
 from llamac.runtime.cache_folder import cache_sizes
 
 # The first layer is not among those whose v and down get 8 bits, the last is.
@@ -117,14 +119,28 @@ def test_no_weight_is_off_by_more_than_half_a_step(tmp_path: Path, kind: str, re
     for module, form in written.packed.items():
         weight, found = source_weight(source, module), read_weight(written, f"{module}.weight")
         scale = read_parts(written, module)["weight_scale"].float()
-        step = scale.abs().repeat_interleave(form.group_size, 1)
-        off = (weight - found).abs()
-        if form.bits == 4:  # +8 steps can't be held; the scale's own rounding adds 2 ** -8
-            assert (off <= step * 1.02).all()
-            clipped = weight / scale.repeat_interleave(form.group_size, 1) > 7.5
+        steps = scale.repeat_interleave(form.group_size, 1)
+        off = (weight - found).abs() / steps.abs()
+        if form.bits == 4:  # what is clipped, to make the others' steps smaller
+            assert off.max() <= 1.5
+            clipped = (weight / steps > 7.5) | (weight / steps < -8.5)
             off[clipped] = 0
             assert clipped.float().mean() < 0.05
-        assert (off <= step * 0.5001).all()
+        assert (off <= 0.5001).all()
+
+
+def test_four_bits_clip_where_that_makes_the_error_smaller():
+    torch.manual_seed(0)
+    form = PackedFormat(bits=4, group_size=32, scale_dtype="float32")
+    normal = torch.randn(400, 64)
+    even = torch.arange(-8.0, 8).repeat(400, 4)  # needs no clipping
+    for weight, allowed in ((normal, 0.95), (even, 0.0)):
+        packed, scale = round_weight(weight, form)
+        error = (dequantize(packed, scale, None, torch.float32, width=64) - weight).square().sum()
+        groups = weight.unflatten(1, (-1, 32))
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        plain = (groups / (largest / -8)).round().clamp(-8, 7) * (largest / -8)
+        assert error <= allowed * (plain - groups).square().sum()
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
