@@ -31,6 +31,7 @@ from llamac.runtime.scheduler import generate
 
 OPTIONS = {
     "device": "cpu",
+    "kv_dtype": None,
     "batch_size": 2,
     "max_seq_len": 24,
     "prefill_len": 8,
