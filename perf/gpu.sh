@@ -18,10 +18,13 @@ tests       tests of the kernels and of the backends
 1b-ort      --model tinyllama-1.1b --backend compile --backend ort-cuda --prompt-len 128 1024 --new-tokens 128
 1b-sweep    --model tinyllama-1.1b --backend compile --sweep 512 8192
 1b-cold     --model tinyllama-1.1b --backend compile --cold-start
+1b-packed   --model tinyllama-1.1b --backend compile --backend compile-int8 --backend compile-int4
 128k-vocab  --model llama-3.2-1b --backend compile --batch-size 1 8 --new-tokens 64
 8b-speed    --model llama-3-8b --backend compile --new-tokens 128
 8b-peer     --model llama-3-8b --backend transformers
 8b-static   --model llama-3-8b --backend transformers-static
+8b-int8     --model llama-3-8b --backend compile-int8 --new-tokens 128
+8b-int4     --model llama-3-8b --backend compile-int4 --new-tokens 128
 8b-sweep    --model llama-3-8b --backend compile --sweep 8192
 '
 
