@@ -64,6 +64,7 @@ def load_backend(
     batch_size: int = 1,
     max_seq_len: int | None = None,
     prefill_len: int | tuple[int, ...] | None = None,
+    num_guesses: int = 0,
     threads: int | None = None,
     tensor_parallel: int = 1,
     all_logits: bool = False,
@@ -83,6 +84,7 @@ def load_backend(
         batch_size: B, cache slots.
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         prefill_len: P, or several, ascending; None is 16 and 128, at most S.
+        num_guesses: How many ids a step may check beside the newest; 0 is one token a step.
         threads: CPU threads, of each rank; None leaves torch's number, of several ranks on this
             machine their share of the cores.
         tensor_parallel: How many ranks hold the model together, each a process; if one is lost,
@@ -130,6 +132,7 @@ def load_backend(
         "batch_size": batch_size,
         "max_seq_len": max_seq_len,
         "prefill_len": prefill_len,
+        "num_guesses": num_guesses,
         "threads": threads,
         "all_logits": all_logits,
     }
@@ -165,6 +168,7 @@ def load_part(
     batch_size: int,
     max_seq_len: int | None,
     prefill_len: int | tuple[int, ...] | None,
+    num_guesses: int,
     threads: int | None,
     all_logits: bool,
     progress: Callable[[str], None] = lambda _: None,
@@ -182,6 +186,7 @@ def load_part(
         batch_size: See load_backend.
         max_seq_len: See load_backend.
         prefill_len: See load_backend.
+        num_guesses: See load_backend.
         threads: See load_backend.
         all_logits: See load_backend.
         progress: See load_backend.
@@ -217,6 +222,7 @@ def load_part(
             batch_size=batch_size,
             max_seq_len=shape.max_seq_len,
             prefill_lens=shape.prefill_lens,
+            num_guesses=num_guesses,
             cache_dtype=getattr(torch, kv_dtype or dtype),
             compile=compile,
             all_logits=all_logits,

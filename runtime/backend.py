@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +68,7 @@ class StaticShape:
         prefill_lens: P, tokens of a prefill chunk, ascending; the smallest that holds it is used.
         num_positions: Rows of the RoPE tables; no token can have this position or a later one.
         vocab_size: V, width of the logits.
+        num_guesses: Ids behind the newest that `extend` takes; 0 where there is no such step.
 
     Raises:
         ValueError: A size is not positive, a chunk is longer than the cache, or the RoPE tables
@@ -79,6 +80,7 @@ class StaticShape:
     prefill_lens: tuple[int, ...]
     num_positions: int
     vocab_size: int
+    num_guesses: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_seq_len", "vocab_size"):
@@ -171,6 +173,37 @@ class StaticShape:
             slots=np.arange(self.batch_size),
         )
 
+    def extend_inputs(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> StepInputs:
+        """Lays out a few tokens of every slot, once ids and positions are known to be valid.
+
+        Args:
+            ids: [B, 1 + num_guesses] int64 token ids.
+            positions: [B] int64 absolute position of each row's first; none may pass the cache.
+
+        Returns:
+            The inputs of a step that gives logits for all its tokens.
+
+        Raises:
+            ValueError: Shapes, ids or positions are not those of a step; the message says what is
+                allowed.
+        """
+        tokens = 1 + self.num_guesses
+        if self.num_guesses == 0:
+            raise ValueError("num_guesses is 0: there is no step of several tokens")
+        if np.shape(ids) != (self.batch_size, tokens):
+            raise ValueError(f"ids have shape {np.shape(ids)}; it must be that of B slots' tokens")
+        first = self.step_inputs(ids[:, 0], positions)
+        if (last := self.max_seq_len - tokens) < first.positions.max():
+            raise ValueError(
+                f"positions are {first.positions.tolist()}; allowed are 0 to {last}, as "
+                f"{tokens} tokens follow"
+            )
+        return replace(
+            first,
+            input_ids=self._check_ids(ids),
+            logit_indices=np.tile(np.arange(tokens), (self.batch_size, 1)),
+        )
+
     def _check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         given = np.asarray(ids)
         if given.dtype.kind not in "iu":
@@ -240,6 +273,18 @@ class Backend(Protocol):
 
         Returns:
             [B, V] float32 logits, valid until the next call.
+        """
+        ...
+
+    def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Runs a few tokens of every slot, where shape.num_guesses isn't 0.
+
+        Args:
+            ids: [B, 1 + num_guesses] int64 token ids, valid in idle rows too.
+            positions: [B] int64 absolute positions of the first ones; the window may not roll.
+
+        Returns:
+            [B, 1 + num_guesses, V] float32 logits, valid until the next call.
         """
         ...
 

@@ -14,6 +14,7 @@ from .bundle.manifest import MANIFEST_NAME, Manifest
 from .bundle.opening import open_bundle
 from .language_model import LanguageModel, RequestOptions
 from .sampling import SamplingParams
+from .speculation import parse_speculate
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import Tokenizer
 from .text.tokenizer_files import load_tokenizer
@@ -42,6 +43,8 @@ class LoadOptions(TypedDict, total=False):
         adapter: Of a checkpoint: the folder of a LoRA that PEFT saved, merged as it is read.
         quantize: Of a checkpoint: "int4" or "int8", which is done once and kept in the user's
             cache; default as it is.
+        speculate: Of a checkpoint: "lookup" or "lookup:K"; see speculation. Default one token a
+            step.
         batch_size: Of a checkpoint: B, cache slots; default 1.
         max_seq_len: Of a checkpoint: S; default max_position_embeddings, at most 2048.
         prefill_len: Of a checkpoint: P; default 16 and 128, at most S.
@@ -61,6 +64,7 @@ class LoadOptions(TypedDict, total=False):
     kv_dtype: str
     adapter: Path
     quantize: str
+    speculate: str
     batch_size: int
     max_seq_len: int
     prefill_len: int
@@ -73,7 +77,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 _OF_CHECKPOINTS = {"device", "dtype", "kv_dtype", "adapter", "quantize", "tensor_parallel"}
-_OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len"}
+_OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len", "speculate"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
 
@@ -298,6 +302,7 @@ class Source:
 
             assert checkpoint is not None
             checkpoint = quantized_copy(checkpoint, parse_recipe(recipe), progress=progress)
+        speculate = self.options.get("speculate")
         kind = self.options.get("backend", "compile")
         device = self.options.get("device", "cpu")
         loaded = load_backend(
@@ -309,6 +314,7 @@ class Source:
             batch_size=shape.batch_size,
             max_seq_len=shape.max_seq_len,
             prefill_len=self.options.get("prefill_len"),
+            num_guesses=0 if speculate is None else parse_speculate(speculate),
             threads=self.options.get("threads"),
             tensor_parallel=self.options.get("tensor_parallel", 1),
             all_logits=all_logits,

@@ -124,7 +124,9 @@ class Completion:
         prefill_s: Time in the backend for this prompt's chunks.
         ttft_s: From submit to the first token, waiting included; None if there was none.
         decode_s: From the first token to the last, other requests' chunks in between included.
-        num_steps: Decode steps in that time, the one that gave the id that ended it included.
+        num_steps: Tokens decoded in that time, the id that ended it included.
+        num_guessed: Ids that were guessed; see speculation.
+        num_right: How many of these were right, so that their steps were spared.
     """
 
     prompt_ids: tuple[int, ...]
@@ -142,6 +144,8 @@ class Completion:
     ttft_s: float | None = None
     decode_s: float = 0.0
     num_steps: int = 0
+    num_guessed: int = 0
+    num_right: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

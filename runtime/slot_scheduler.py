@@ -15,6 +15,7 @@ from .chunks import check_prompt, next_chunk
 from .prefix import Slot, read_kept, write_kept
 from .request import Completion, Constraint, Event, LiveRequest, Request
 from .sampling import Sampler
+from .speculation import take_several
 from .text.constraint import Grammar
 from .text.tokenizer import StreamDecoder, Tokenizer
 
@@ -301,12 +302,11 @@ class Scheduler:
         self._forget_finished()
 
     def _decode(self, decoding: Sequence[Slot]) -> None:
-        for slot, row in self._logits(decoding):
-            assert slot.live is not None
-            if slot.live.scored:
-                slot.live.take_scored(row)
-            else:
-                slot.live.take(row)
+        if not take_several(self._backend, self._slots, decoding):
+            for slot, row in self._logits(decoding):
+                assert slot.live is not None
+                take = slot.live.take_scored if slot.live.scored else slot.live.take
+                take(row)
         self._forget_finished()
 
     def _logits(self, decoding: Sequence[Slot]) -> Iterator[tuple[Slot, NDArray[np.float32]]]:

@@ -135,12 +135,12 @@ def test_attention(
 def test_attention_has_the_same_bits_whatever_the_number_of_threads():
     assert load_operators() is not None
     torch.manual_seed(0)
-    q, caches = torch.randn(2, 6, 3, 16), torch.randn(2, 2, 2, 900, 16)
-    given = (torch.tensor([880, 300]), torch.tensor([1, 0]), 0.25)
+    q, (k_cache, v_cache) = torch.randn(2, 6, 3, 16), torch.randn(2, 2, 2, 900, 16)
+    positions, slots = torch.tensor([880, 300]), torch.tensor([1, 0])
     before, outs = torch.get_num_threads(), []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        outs.append(attend_few(q, *caches, *given))
+        outs.append(attend_few(q, k_cache, v_cache, positions, slots, 0.25))
     torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])

@@ -26,7 +26,7 @@ from .step_key import step_key
 
 __all__ = ["Startup", "TorchBackend"]
 
-_PREFILL, _DECODE = "prefill_", "decode"  # how steps are named
+_PREFILL, _DECODE, _EXTEND = "prefill_", "decode", "extend"  # how steps are named
 
 # Model, attention and cache, then the fields of StepInputs; gives [B, N, V] logits.
 _Step = Callable[..., Tensor]
@@ -62,6 +62,7 @@ class TorchBackend:
         batch_size: B, cache slots.
         max_seq_len: S, cache rows of a slot.
         prefill_lens: P, ascending.
+        num_guesses: Ids behind the newest that `extend` takes; 0 makes no such step.
         cache_dtype: Of keys and values; None is the model's, that of its hidden states.
         compile: Whether to compile; False runs the same code eagerly.
         all_logits: Whether prefill computes logits for all its tokens, which `score` needs.
@@ -84,6 +85,7 @@ class TorchBackend:
         batch_size: int = 1,
         max_seq_len: int,
         prefill_lens: tuple[int, ...],
+        num_guesses: int = 0,
         cache_dtype: torch.dtype | None = None,
         compile: bool = True,
         all_logits: bool = False,
@@ -95,6 +97,7 @@ class TorchBackend:
             prefill_lens=prefill_lens,
             num_positions=model.cos.shape[0],
             vocab_size=model.config.vocab_size,
+            num_guesses=num_guesses,
         )
         self._model, self._attention = model, TorchAttention()
         self._device = model.cos.device
@@ -147,6 +150,10 @@ class TorchBackend:
         """One token of every slot; see Backend."""
         return self._steps[_DECODE](self.shape.step_inputs(ids, positions))[:, 0]
 
+    def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A few tokens of every slot; see Backend."""
+        return self._steps[_EXTEND](self.shape.extend_inputs(ids, positions))
+
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
         return self.cache.read_rows(slot, num_rows).numpy()
@@ -189,6 +196,9 @@ class TorchBackend:
             for p in self.shape.prefill_lens
         }
         calls[_DECODE] = partial(self.decode, zeros, zeros)
+        if num_guesses := self.shape.num_guesses:
+            tokens = np.zeros((self.shape.batch_size, 1 + num_guesses), np.int64)
+            calls[_EXTEND] = partial(self.extend, tokens, zeros)
         compile_s = warmup_s = 0.0
         hit: bool | None = None
         for name, call in calls.items():
@@ -210,15 +220,17 @@ class TorchBackend:
         return Startup(compile_s=compile_s, warmup_s=warmup_s, cache_hit=hit)
 
     def _bind(self, name: str, step: _Step) -> BoundStep:
-        batch, tokens = self.shape.batch_size, 1
-        if name != _DECODE:
+        batch, tokens, logits = self.shape.batch_size, 1, 1
+        if name == _EXTEND:
+            tokens = logits = 1 + self.shape.num_guesses
+        elif name != _DECODE:
             batch, tokens = 1, int(name.removeprefix(_PREFILL))
+            logits = tokens if self.all_logits else 1
 
         def run(*inputs: Tensor) -> Tensor:
             with torch.no_grad():
                 return step(self._model, self._attention, self.cache, *inputs)
 
-        logits = tokens if self.all_logits else 1
         return BoundStep(run, StepInputs.sizes(batch, tokens, logits), self._device)
 
     def _saved_step(self, folder: Path, name: str) -> SavedStep:

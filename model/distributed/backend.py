@@ -29,6 +29,7 @@ class _Call(IntEnum):
     DECODE = 3
     READ = 4
     WRITE = 5
+    EXTEND = 6
 
 
 _HEADER = 3  # which call, a slot, a number
@@ -77,6 +78,12 @@ class ParallelBackend:
         self.shape.step_inputs(ids, positions)
         with self._tell(_Call.DECODE, 0, 0, [*ids, *positions]):
             return self._own.decode(ids, positions)
+
+    def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A few tokens of every slot; see Backend."""
+        self.shape.extend_inputs(ids, positions)
+        with self._tell(_Call.EXTEND, 0, 0, [*positions.tolist(), *ids.ravel().tolist()]):
+            return self._own.extend(ids, positions)
 
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
@@ -171,6 +178,9 @@ def follow(own: TorchBackend, group: RankGroup) -> None:
             case _Call.DECODE:
                 ids, positions = np.array(words).reshape(2, -1)
                 own.decode(ids, positions)
+            case _Call.EXTEND:
+                positions, ids = np.split(np.array(words), [own.shape.batch_size])
+                own.extend(ids.reshape(len(positions), -1), positions)
             case _Call.READ:
                 rows = torch.from_numpy(own.read_rows(slot, number))
                 dist.gather(rows.contiguous(), group=group.commands)
@@ -181,7 +191,7 @@ def follow(own: TorchBackend, group: RankGroup) -> None:
 
 
 def _message(shape: StaticShape) -> Tensor:
-    size = max(shape.prefill_len, 2 * shape.batch_size)
+    size = max(shape.prefill_len, (2 + shape.num_guesses) * shape.batch_size)
     return torch.zeros(_HEADER + 1 + size, dtype=torch.int64)
 
 

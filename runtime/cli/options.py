@@ -253,6 +253,12 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
         choices=("int8",),
         help="of the cache: half of bfloat16's memory, and nearly its texts (default: as --dtype)",
     )
+    group.add_argument(
+        "--speculate",
+        metavar="lookup[:K]",
+        help="guess K ids (default: 4) from the text so far and check them in one step: the same "
+        "tokens, sooner where text repeats",
+    )
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
