@@ -32,6 +32,7 @@ from llamac.runtime.scheduler import generate
 OPTIONS = {
     "device": "cpu",
     "kv_dtype": None,
+    "num_guesses": 2,
     "batch_size": 2,
     "max_seq_len": 24,
     "prefill_len": 8,
@@ -48,6 +49,8 @@ def logits_of(backend: Backend) -> np.ndarray:
     for step in range(4):
         ids, positions = np.array(IDS[8 + step : 10 + step]), np.array([8, 5]) + step
         rows.append(backend.decode(ids, positions).copy())
+    several = backend.extend(np.array([IDS[12:15], IDS[13:16]]), np.array([12, 9]))
+    rows.append(several.reshape(6, -1).copy())
     return np.concatenate(rows)
 
 
