@@ -24,7 +24,7 @@ constexpr int ROWS_AT_ONCE = LANES == 16 ? 2 : 1;  // rows of a weight that ther
 constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // Where x is one row, that many distant rows are read at once, each straight through its own run of
 // rows: what is loaded of x serves all, and few runs are easily fetched ahead.
-constexpr int64_t RUNS_OF_4_BITS = 2, RUNS_OF_8_BITS = 4, FETCHED_AHEAD = 512;
+constexpr int64_t RUNS = 2, FETCHED_AHEAD = 512;
 
 struct X {
   const void* values;
@@ -223,25 +223,20 @@ void end(const Job<Form>& job, const Rows& rows) {
           sum(load(job.scratch.sums + (row * job.x.num_rows + m) * LANES)));
 }
 
-template <class Form, int RUNS>
-void multiply_one_by(const Job<Form>& job, int64_t first, int64_t last) {
-  const int64_t length = (last - first) / RUNS;
+// The rows first to last of a weight with one row of x.
+template <class Form, int COUNT = RUNS>
+void multiply_one(const Job<Form>& job, int64_t first, int64_t last) {
+  const int64_t length = (last - first) / COUNT;
   for (int64_t row = 0; row < length; row++) {
-    const Rows rows{first + row, RUNS, length};
+    const Rows rows{first + row, COUNT, length};
     begin(job, rows);
-    multiply_blocks<Form, RUNS, true>(job, rows, 0, 0, Arranged<Form>::num_blocks(job.x));
+    multiply_blocks<Form, COUNT, true>(job, rows, 0, 0, Arranged<Form>::num_blocks(job.x));
     end(job, rows);
   }
-  if constexpr (RUNS > 1) multiply_one_by<Form, 1>(job, first + length * RUNS, last);
+  if constexpr (COUNT > 1) multiply_one<Form, 1>(job, first + length * COUNT, last);
 }
 
-// The rows first to last of a weight with one row of x.
-template <class Form>
-void multiply_one(const Job<Form>& job, int64_t first, int64_t last) {
-  multiply_one_by<Form, Form::COLUMNS == 4 ? RUNS_OF_8_BITS : RUNS_OF_4_BITS>(job, first, last);
-}
-
-// The same with several, a part of them at a time.
+// The same with several rows of x, a part of them at a time.
 template <class Form>
 void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
   const X& x = job.x;
