@@ -117,13 +117,14 @@ def _timing(model: LanguageModel, completions: Sequence[Completion]) -> dict[str
     decode_s = sum(c.decode_s for c in completions)
     num_prompt = sum(len(c.prompt_ids) for c in completions if c.ttft_s is not None)
     num_steps = sum(c.num_steps for c in completions)
+    num_guessed = sum(c.num_guessed for c in completions)
+    guesses = {"num_guessed": num_guessed, "num_right": sum(c.num_right for c in completions)}
     return {
         **model.startup,
         "ttft_s": next((c.ttft_s for c in completions if c.ttft_s is not None), None),
         "prefill_tokens_per_s": num_prompt / prefill_s if prefill_s else None,
         "decode_tokens_per_s": num_steps / decode_s if decode_s and num_steps else None,
-        "num_guessed": sum(c.num_guessed for c in completions),
-        "num_right": sum(c.num_right for c in completions),
+        **(guesses if num_guessed else {}),
     }
 
 
@@ -168,6 +169,6 @@ def _speed_line(
         note = " (from cache)" if key == "compile_s" and timing.get("compile_cache_hit") else ""
         digits = 3 if unit == "s" else 1
         parts.append(f"{label} {timing[key]:.{digits}f} {unit}{note}")
-    if timing["num_guessed"]:
+    if "num_guessed" in timing:
         parts.append(f"guesses {timing['num_right']} of {timing['num_guessed']} right")
     return f"[{model.name}] " + " | ".join(parts)
