@@ -30,6 +30,8 @@ def check_ranks(checkpoint: Checkpoint, world_size: int) -> None:
     Raises:
         ValueError: A size isn't divided by them, or a group of a packed weight would lie on two.
     """
+    if world_size == 1:
+        return
     config = checkpoint.config
     for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
         if (size := getattr(config, name)) % world_size:

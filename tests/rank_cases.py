@@ -49,8 +49,9 @@ def logits_of(backend: Backend) -> np.ndarray:
     for step in range(4):
         ids, positions = np.array(IDS[8 + step : 10 + step]), np.array([8, 5]) + step
         rows.append(backend.decode(ids, positions).copy())
-    several = backend.extend(np.array([IDS[12:15], IDS[13:16]]), np.array([12, 9]))
-    rows.append(several.reshape(6, -1).copy())
+    if backend.shape.num_guesses:
+        several = backend.extend(np.array([IDS[12:15], IDS[13:16]]), np.array([12, 9]))
+        rows.append(several.reshape(6, -1).copy())
     return np.concatenate(rows)
 
 
@@ -88,7 +89,8 @@ def lead(case: dict[str, Any], own: TorchBackend, group: RankGroup) -> dict[str,
     found = run(together)
     recompiled = dict(counters["stats"]) != before or bool(counters["graph_break"])
     together._send(_Call.STOP, 0, 0, ())
-    alone, _ = load_part(checkpoint, **{**OPTIONS, "dtype": "float32", "compile": False})
+    options = {**OPTIONS, "num_guesses": own.shape.num_guesses}
+    alone, _ = load_part(checkpoint, **{**options, "dtype": "float32", "compile": False})
     facts = {"recompiled": recompiled, "from_disk": own.startup.cache_hit}
     return {**compare(found, run(alone), case["dtype"]), **facts}
 
@@ -119,6 +121,7 @@ def main() -> None:
         group_module._STEP = timedelta(seconds=2)
     for case in cases:
         options: Any = {**OPTIONS, "dtype": case["dtype"], "compile": case["compile"]}
+        options["num_guesses"] = 0 if case["compile"] else OPTIONS["num_guesses"]
         own, _ = load_part(open_checkpoint(case["source"]), group, **options)
         if case.get("stuck"):
             results.append(get_stuck(own, group, is_first=launched[0] == 0))

@@ -134,7 +134,8 @@ def test_live_rows_alone_are_attended(
 
     sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
     check_attention(attend, dtype, *sizes)
-    check_attention(attend, dtype, *sizes, in_int8=True)
+    if dtype == "float32":
+        check_attention(attend, dtype, *sizes, in_int8=True)
 
 
 @anywhere
