@@ -37,7 +37,7 @@ def backend_of(*, num_guesses: int, compile: bool = False, batch_size: int = 3) 
         our_model("biases", num_positions=1024),
         batch_size=batch_size,
         max_seq_len=ROWS,
-        prefill_lens=(4, 16),
+        prefill_lens=(16,),
         num_guesses=num_guesses,
         compile=compile,
     )

@@ -145,6 +145,10 @@ class OrtBackend:
             inputs = replace(inputs, write_indices=self._roll(inputs.positions))
         return self._decode.run(inputs)
 
+    def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Refused, as a bundle has no such graph; see Backend."""
+        raise ValueError("a bundle has no step of several tokens; speculation is for checkpoints")
+
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
         return self._cache.read_rows(slot, num_rows)
