@@ -283,8 +283,10 @@ def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
         if path.is_file()
     ]
     config = checkpoint.config
-    forms = sorted(recipe.formats(config, weight_shapes(config)).items())  # the recipe may change
-    return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr((facts, forms)))}"
+    # What a recipe is, and how it rounds, may change.
+    forms = sorted(recipe.formats(config, weight_shapes(config)).items())
+    rounding = Path(__file__).with_name("rounding.py").read_bytes()
+    return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr((facts, forms, rounding)))}"
 
 
 def _digest(text: str) -> str:
