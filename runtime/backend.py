@@ -191,7 +191,9 @@ class StaticShape:
         if self.num_guesses == 0:
             raise ValueError("num_guesses is 0: there is no step of several tokens")
         if np.shape(ids) != (self.batch_size, tokens):
-            raise ValueError(f"ids have shape {np.shape(ids)}; it must be that of B slots' tokens")
+            raise ValueError(
+                f"ids have shape {np.shape(ids)}; it must be {(self.batch_size, tokens)}"
+            )
         first = self.step_inputs(ids[:, 0], positions)
         if (last := self.max_seq_len - tokens) < first.positions.max():
             raise ValueError(

@@ -138,6 +138,8 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
         raise ValueError(f"backend is {backend!r}; it must be compile, eager or ort")
     if backend == "ort" and path is None:
         raise ValueError("backend ort runs bundles; llamac export a model first")
+    if "speculate" in options:
+        parse_speculate(options["speculate"])  # refused before long work
     if backend == "ort" and "tensor_parallel" in options:
         raise ValueError(
             "a bundle runs in one process; tensor_parallel is an option of checkpoints"

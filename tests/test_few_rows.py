@@ -9,33 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.few_rows import attend_few, load_operators, multiply_few
 from llamac.model.kernels.many_rows import multiply_many
-from llamac.model.toolchain import instruction_set
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALLOWED_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
-# What the C++ is compiled for, and a flag of the processor that can run it.
-FORMS = {
-    "native": (("-march=native",), ""),
-    "avx512": (("-march=x86-64-v4",), "avx512bw"),
-    "avx2": (("-mavx2", "-mfma"), "fma"),
-    "avx2-f16c": (("-mavx2", "-mfma", "-mf16c"), "f16c"),
-    "plain": (("-march=x86-64",), ""),
-}
-
 
 @functools.cache
 def library_of(form: str) -> ctypes.CDLL:
-    options, flag = FORMS[form]
-    if flag not in instruction_set():
-        pytest.skip(f"the processor has no {flag}")
-    library = load_library(few_rows._SOURCES[1:], *options)
+    library = load_library(few_rows._SOURCES[1:], *options_of(form))
     assert library is not None
     return library
 

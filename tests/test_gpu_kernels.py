@@ -128,14 +128,10 @@ def test_live_rows_alone_are_attended(
 
     monkeypatch.setattr(gpu, "_num_processors", lambda _: num_processors)
 
-    def attend(q, k_cache, v_cache, positions, slots, scale, *scales):
-        scales = scales or (None, None)
-        return gpu.attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale, scales=scales)
-
     sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
-    check_attention(attend, dtype, *sizes)
+    check_attention(gpu.attend_on_gpu, dtype, *sizes)
     if dtype == "float32":
-        check_attention(attend, dtype, *sizes, in_int8=True)
+        check_attention(gpu.attend_on_gpu, dtype, *sizes, in_int8=True)
 
 
 @anywhere

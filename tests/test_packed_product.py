@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpp_forms import FORMS, options_of
 from llamac.model.kernels import packed_product
 from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.packed_product import dequantize, multiply_packed
-from llamac.model.toolchain import instruction_set
 from llamac.runtime.cache_folder import cache_sizes
 from packed_weight import PackedWeight
 
@@ -53,29 +53,14 @@ def assert_close_to_exact(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     assert error < ALLOWED_ERROR[x.dtype]
 
 
-# What the C++ is compiled for: this processor, and what it also can; none is the way without it.
-FORMS = {
-    "native": (),
-    "avx512": ("-march=x86-64-v4",),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx2-f16c": ("-mavx2", "-mfma", "-mf16c"),
-    "plain": ("-march=x86-64",),
-    "none": None,
-}
-FLAGS = {"avx512": "avx512bw", "avx2": "fma", "avx2-f16c": "f16c"}
-
-
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with each form of the C++ that this processor can run."""
-    name, library = request.param, None
-    if name in FLAGS and FLAGS[name] not in instruction_set():
-        pytest.skip(f"the processor has no {FLAGS[name]}")
-    if FORMS[name] is not None:
-        library = packed_product.cpp_library(*FORMS[name])
+@pytest.fixture(params=[*FORMS, None])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with each form of the C++ that this processor can run, and without it."""
+    library = None
+    if request.param is not None:
+        library = packed_product.cpp_library(*options_of(request.param))
         assert library is not None
     monkeypatch.setattr(packed_product, "cpp_library", lambda: library)
-    return name
 
 
 @pytest.mark.usefixtures("form")

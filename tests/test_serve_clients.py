@@ -1,6 +1,7 @@
 """Programs that speak OpenAI's interface, unmodified, against a server of the demo model.
 
-They have an environment of their own in CI: see .ci/run.
+What they need pins much of what it needs, so that it wants an environment of its own; tests are
+skipped for what isn't there.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...runtime.backend import BackendUnavailableError, StaticShape, check_rows
+from ...runtime.interrupt import hold_interrupt
 from ..compiled.torch_backend import TorchBackend
 from .group import RankGroup
 
@@ -136,23 +137,15 @@ def _until_done() -> Iterator[None]:
 
     A second Ctrl-C doesn't wait; nothing can be computed after it.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
+    if (
+        signal.getsignal(signal.SIGINT) is None
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
-    was_pressed = False
-
-    def hold(*_: object) -> None:
-        nonlocal was_pressed
-        was_pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
+    with hold_interrupt() as was_pressed:
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if was_pressed:
+    if was_pressed():
         signal.raise_signal(signal.SIGINT)
 
 

@@ -133,28 +133,26 @@ void attend_chunk(const Job& job, int64_t row, int64_t head, int64_t first, int6
   }
 }
 
-// Of one row and key head, its chunks' results one behind the other.
-void merge(const Job& job, int64_t row, int64_t head, int64_t num_chunks, const float* partials) {
+// Of one row and key head, its chunks' results one behind the other; the first becomes their sum.
+void merge(const Job& job, int64_t row, int64_t head, int64_t num_chunks, float* partials) {
   const Queries& given = job.queries;
   const int64_t num_queries = job.num_queries(), padded = job.padded(), group = job.group();
   for (int64_t q = 0; q < num_queries; q++) {
     float most = LOWEST, total = 0;
     for (int64_t c = 0; c < num_chunks; c++)
       most = std::max(most, partials[c * job.num_partial() + q]);
+    float* values = partials + 2 * num_queries + q * padded;
     for (int64_t c = 0; c < num_chunks; c++) {
       const float* partial = partials + c * job.num_partial();
-      total += exp_of(partial[q] - most) * partial[num_queries + q];
+      const float weight = exp_of(partial[q] - most);
+      const float* own = partial + 2 * num_queries + q * padded;
+      total += weight * partial[num_queries + q];
+      for (int64_t i = 0; i < padded; i++) values[i] = (c ? values[i] : 0) + weight * own[i];
     }
     const int64_t token = row * given.num_tokens + q / group;
     const int64_t place = (token * given.num_heads + head * group + q % group) * given.head_dim;
-    for (int64_t i = 0; i < given.head_dim; i++) {
-      float value = 0;
-      for (int64_t c = 0; c < num_chunks; c++) {
-        const float* partial = partials + c * job.num_partial();
-        value += exp_of(partial[q] - most) * partial[2 * num_queries + q * padded + i];
-      }
-      put(job.out, job.type, place + i, value / total);
-    }
+    for (int64_t i = 0; i < given.head_dim; i++)
+      put(job.out, job.type, place + i, values[i] / total);
   }
 }
 

@@ -41,7 +41,7 @@ struct HalfRow : FloatRow {
   }
 };
 
-#if defined(LLAMAC_AVX512) && defined(__AVX512BF16__)
+#ifdef LLAMAC_BRAINS
 struct BrainRow {
   static constexpr int64_t COLUMNS = 2 * LANES, VECTORS = 1;
   using Factor = __m512bh;
@@ -67,11 +67,6 @@ struct BrainRow : HalfRow {
   }
 };
 #endif
-
-struct X {
-  const void* values;
-  int64_t type, num_rows, width;
-};
 
 struct Job {
   const X& x;

@@ -27,9 +27,9 @@ def attend_on_gpu(
     v_cache: Tensor,
     positions: Tensor,
     slots: Tensor,
-    *,
     scale: float,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Runs causal attention, each slot's live rows cut into splits that run side by side.
 
@@ -42,7 +42,8 @@ def attend_on_gpu(
         positions: [B] int64, of each row's first token; its rows are written already.
         slots: [B] int64, the cache slot of each row.
         scale: Of the products of queries and keys.
-        scales: [slots, K, S] float32, of int8 keys and values; else None.
+        k_scale: [slots, K, S] float32, of int8 caches; else None.
+        v_scale: The same of the values.
 
     Returns:
         [B, T, H, D] in q's dtype, contiguous.
@@ -69,7 +70,8 @@ def attend_on_gpu(
         q,
         k_cache,
         v_cache,
-        *scales,
+        k_scale,
+        v_scale,
         positions,
         slots,
         partial,
@@ -84,7 +86,7 @@ def attend_on_gpu(
         BLOCK_DIM=block_dim,
         BLOCK_QUERIES=block_queries,
         BLOCK_ROWS=block_rows,
-        IS_SCALED=scales[0] is not None,
+        IS_SCALED=k_scale is not None,
         num_stages=2,
     )
     if splits == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,20 +67,10 @@ def attend_live(
 
 
 @attend_live.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def _(*given: Any) -> Tensor:
     from .gpu import attend_on_gpu
 
-    scales = (k_scale, v_scale)
-    return attend_on_gpu(q, k_cache, v_cache, positions, slots, scale=scale, scales=scales)
+    return attend_on_gpu(*given)
 
 
 @attend_live.register_fake

@@ -47,6 +47,12 @@ uint16_t to_float16(float value) {
   return sign | ((rest - 0x38000000 + 0x0FFF + (rest >> 13 & 1)) >> 13);
 }
 
+// What is multiplied with weights, [num_rows, width].
+struct X {
+  const void* values;
+  int64_t type, num_rows, width;
+};
+
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Numbers as float32; `type` is loop-invariant, so that each loop is one of vectors.

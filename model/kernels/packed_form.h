@@ -30,7 +30,7 @@ struct FloatForm {
   }
 };
 
-#if defined(LLAMAC_AVX512) && defined(__AVX512BF16__)
+#ifdef LLAMAC_BRAINS
 // For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
 struct BrainForm {
   static constexpr int COLUMNS = 8;

@@ -26,11 +26,6 @@ constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // rows: what is loaded of x serves all, and few runs are easily fetched ahead.
 constexpr int64_t RUNS = 2, FETCHED_AHEAD = 512;
 
-struct X {
-  const void* values;
-  int64_t type, num_rows, width;
-};
-
 // x as a form reads it: [block, row of x] of the form's vectors, padded with zeros.
 template <class Form>
 struct Arranged {
@@ -258,7 +253,7 @@ void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
   }
 }
 
-#if defined(LLAMAC_AVX512) && defined(__AVX512BF16__)
+#ifdef LLAMAC_BRAINS
 bool is_brain(const X& x) { return x.type == BFLOAT16; }
 #else
 using BrainForm = FloatForm<4>;

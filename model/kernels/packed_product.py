@@ -169,7 +169,8 @@ def _multiply_dequantized(
     for begin in range(0, len(packed), block):
         own = slice(begin, begin + block)
         part = minimum if minimum is None else minimum[own]
-        weight = _unpack(packed[own], scale[own], part, buffer[: out[:, own].shape[1]])
+        rest = packed[own]
+        weight = _unpack(rest, scale[own], part, buffer[: len(rest)])
         out[:, own] = multiply_many(rows, weight) if in_float32 else F.linear(rows, weight)
     return out
 

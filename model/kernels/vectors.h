@@ -8,6 +8,9 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LLAMAC_AVX512
+#ifdef __AVX512BF16__
+#define LLAMAC_BRAINS  // products of bfloat16
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LLAMAC_AVX2
 #endif
@@ -65,7 +68,7 @@ inline void store_halves(uint16_t* to, Floats value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, 0));
 }
 inline void store_brains(uint16_t* to, Floats value) {
-#ifdef __AVX512BF16__
+#ifdef LLAMAC_BRAINS
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
 #else
   const Words bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);

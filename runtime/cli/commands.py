@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ..interrupt import hold_interrupt
 from ..language_model import LanguageModel
 from ..request import Completion, Event, Request
 from .terminal import emit, say
@@ -44,7 +43,7 @@ def generate_texts(
         for request, page in zip(requests, pages, strict=True)
     ]
     exit_code = 0
-    with _hold_interrupt() as is_interrupted:
+    with hold_interrupt() as is_interrupted:  # between steps, so that no token is lost in one
         while not all(page.completion for page in every):
             if is_interrupted():
                 exit_code = INTERRUPTED
@@ -88,27 +87,6 @@ def _print_pages(pages: deque[_Page]) -> None:
             return
         pages.popleft()
         emit("\n" if pages else "")
-
-
-@contextlib.contextmanager
-def _hold_interrupt() -> Iterator[Callable[[], bool]]:
-    """Makes Ctrl-C a question to ask between steps, so that no token is lost in one.
-
-    A second Ctrl-C interrupts wherever it falls.
-    """
-    interrupted = False
-    previous = signal.getsignal(signal.SIGINT)
-
-    def hold(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield lambda: interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _timing(model: LanguageModel, completions: Sequence[Completion]) -> dict[str, Any]:
