@@ -34,6 +34,7 @@ def test_no_request_breaks_the_server_and_every_answer_is_as_described(tmp_path:
         open_checkpoint(DEMO_FOLDER), tmp_path / "demo", batch_size=4, max_seq_len=64
     ).folder
     with serving(bundle) as served:
+        # In one thread: Python 3.11 miscounts the depth of syntax trees that threads parse at once.
         words = (
             "--url",
             f"http://127.0.0.1:{served.port}",
@@ -45,7 +46,7 @@ def test_no_request_breaks_the_server_and_every_answer_is_as_described(tmp_path:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", str(file), *words),
-                *("--max-examples", str(NUM_EXAMPLES), "--workers", "4"),
+                *("--max-examples", str(NUM_EXAMPLES)),
             ],
             cwd=tmp_path,
             capture_output=True,
