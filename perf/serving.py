@@ -93,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=SOURCE",
-        help="also a peer's server, and the model in the form it reads: llama.cpp=FILE.gguf, "
-        "transformers=FOLDER; the requests then may end before --max-tokens",
+        help="also a peer's server, and the model in the form it reads: llama-server=FILE.gguf, "
+        "llama.cpp=FILE.gguf (llama-cpp-python's), transformers=FOLDER; the requests then may end "
+        "before --max-tokens",
     )
     parser.add_argument(
         "--soak",
@@ -131,7 +132,9 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, source in args.peer:
         named = [{**body, "model": source} for body in bodies]
         try:
-            with peer_server(name, source, threads=args.threads) as server:
+            with peer_server(
+                name, source, threads=args.threads, batch_size=args.batch_size
+            ) as server:
                 rows += _served(args, named, server, name, rate=rate)
         except BackendUnavailableError as error:
             print(f"{name}: skipped: {error}", file=sys.stderr)
