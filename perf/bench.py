@@ -17,7 +17,7 @@ from ..model.load import static_shape
 from ..runtime.bundle.opening import open_bundle
 from ..runtime.cache_folder import cache_folder
 from ..runtime.cli.options import OneLineParser
-from . import serving
+from . import serving, step_kernels
 from .artifacts import find_model
 from .cold_start import run_cold_start
 from .limit_probe import ProbeSize
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None, *, probe_size: ProbeSize | None = No
     words = list(sys.argv[1:] if argv is None else argv)
     if "--serve" in words:
         return serving.main(words)
+    if "--kernels" in words:
+        return step_kernels.main(words)
     args = build_parser().parse_args(words)
     plan = _plan(args)
     run: dict[str, Any] = {
@@ -102,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="llamac bench", description=__doc__)
     parser.add_argument(
         "--serve", action="store_true", help="times the server instead; see --serve --help"
+    )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="times the kernels of a decode step instead; see --kernels --help",
     )
     parser.add_argument(
         "--model",
