@@ -41,11 +41,15 @@ from ..runtime.bundle.opening import hash_file, open_bundle
 from ..runtime.memory import format_bytes
 from ..runtime.text.tokenizer_files import load_tokenizer
 from ..runtime.typed_json import shown
-from .graphs import TARGETS, GraphSpec, save_graph, trace_graph
+from .graphs import TARGETS, GraphSpec, attention_type, save_graph, trace_graph
+from .operators import StandardAttention
 from .packed_weights import plan_packed_weights
 from .weights import WeightPlan, plan_weights, write_rope_tables, write_weights
 
-__all__ = ["export_bundle"]
+__all__ = ["ROW_BUCKETS", "export_bundle"]
+
+# Each graph is a session more, and on a GPU a copy of the weights more: few, far apart.
+ROW_BUCKETS = (256, 1024, 4096)
 
 _ROPE_NAME = "rope.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
@@ -63,6 +67,7 @@ def export_bundle(
     max_seq_len: int | None = None,
     dtype: str | None = None,
     accuracy_level: int = 4,
+    row_buckets: Sequence[int] = ROW_BUCKETS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Exports prefill and decode graphs with their weights into one folder.
@@ -77,6 +82,8 @@ def export_bundle(
         dtype: Of the `tensorrt` and `cuda` graphs; None keeps the checkpoint's. `cpu` is float32.
         accuracy_level: Of products with packed weights in `cpu` and `cuda` graphs: 4 rounds what
             they are multiplied with to 8 bits, which is several times faster on a CPU; 0 doesn't.
+        row_buckets: Numbers of rows below S, for each of which there is a decode graph that attends
+            to no more, where attention costs what it may look at.
         progress: Told what is being done.
 
     Returns:
@@ -93,6 +100,8 @@ def export_bundle(
     dtypes = _target_dtypes(config, targets, dtype)
     if accuracy_level not in _ACCURACY_LEVELS:
         raise ValueError(f"accuracy_level is {accuracy_level}; it must be one of 0 to 4")
+    if any(rows < 1 for rows in row_buckets):
+        raise ValueError(f"row_buckets are {list(row_buckets)}; each must be at least 1")
     _check_cache(config, shape)
     with contextlib.suppress(FileNotFoundError):  # a bundle may be fed ids alone
         load_tokenizer(checkpoint.side_folder)
@@ -107,7 +116,8 @@ def export_bundle(
         rope = write_rope_tables(config, shape.num_positions, folder / _ROPE_NAME)
         weights = (*(plan.content for plan in plans), rope)
         graphs: list[GraphFile] = []
-        for graph in _graph_files(shape, dtypes, accuracy_level if checkpoint.packed else None):
+        level = accuracy_level if checkpoint.packed else None
+        for graph in _graph_files(config, shape, dtypes, row_buckets, level):
             progress(f"exporting {graph.target} {graph.role} of {graph.batch} x {graph.tokens}")
             graphs.append(_write_graph(checkpoint, graph, shape.num_positions, weights, folder))
         _copy_side_files(checkpoint, plans, folder)
@@ -173,21 +183,29 @@ def _target_dtypes(
 
 
 def _graph_files(
-    shape: StaticShape, dtypes: dict[str, str], accuracy_level: int | None
+    config: LlamaConfig,
+    shape: StaticShape,
+    dtypes: dict[str, str],
+    row_buckets: Sequence[int],
+    accuracy_level: int | None,
 ) -> Iterator[GraphFile]:
+    num_rows = shape.max_seq_len
     for target, dtype in dtypes.items():
-        for role, batch, tokens in (
-            *(("prefill", 1, length) for length in shape.prefill_lens),
-            ("decode", shape.batch_size, 1),
+        has_buckets = attention_type(config, target, dtype) is StandardAttention
+        buckets = sorted({rows for rows in row_buckets if rows < num_rows}) if has_buckets else []
+        for name, role, batch, tokens, attended_rows in (
+            *((f"prefill-{p}", "prefill", 1, p, num_rows) for p in shape.prefill_lens),
+            *((f"decode-{r}", "decode", shape.batch_size, 1, r) for r in buckets),
+            ("decode", "decode", shape.batch_size, 1, num_rows),
         ):
-            name = f"{target}-{role}-{tokens}" if role == "prefill" else f"{target}-{role}"
             yield GraphFile(
                 role=role,
                 target=target,
-                file=f"{name}.onnx",
+                file=f"{target}-{name}.onnx",
                 batch=batch,
                 tokens=tokens,
-                rows=shape.max_seq_len,
+                rows=num_rows,
+                attended_rows=attended_rows,
                 logits=1,
                 dtype=dtype,
                 ops={},
@@ -209,6 +227,7 @@ def _write_graph(
         batch=graph.batch,
         tokens=graph.tokens,
         rows=graph.rows,
+        attended_rows=graph.attended_rows,
         logits=graph.logits,
         num_positions=num_positions,
         packed=checkpoint.packed,

@@ -64,6 +64,7 @@ def record_groups(
     text_ids: Sequence[int],
     *,
     bos_token_id: int | None,
+    row_buckets: Sequence[int] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Group]:
     """Runs all groups on the reference.
@@ -72,10 +73,12 @@ def record_groups(
         backend: The reference, its cache untouched.
         text_ids: Fed token by token, at most max_seq_len.
         bos_token_id: Begins every prompt.
+        row_buckets: Numbers of rows, below max_seq_len, that decode graphs attend to.
         progress: Told what is being run.
 
     Returns:
-        The groups: `text`, `prefill`, `chunk edges`, `ragged rows`, `last row`, `roll`.
+        The groups: `text`, `prefill`, `chunk edges`, `ragged rows`, `row buckets` if there are any,
+        `last row`, `roll`.
     """
     recorder = _Recorder(backend, bos_token_id)
     groups = []
@@ -84,6 +87,7 @@ def record_groups(
         ("prefill", recorder.run_chunks),
         ("chunk edges", recorder.run_edges),
         ("ragged rows", recorder.run_ragged),
+        *([("row buckets", lambda: recorder.run_buckets(row_buckets))] if row_buckets else []),
         ("last row", recorder.run_last),
         ("roll", recorder.run_roll),
     ):
@@ -163,6 +167,16 @@ class _Recorder:
         for slot in range(num_slots):
             self._prompt(slot, 1 + slot * (longest - 1) // max(1, num_slots - 1))
         self._decode_live(num_steps)
+
+    def run_buckets(self, row_buckets: Sequence[int]) -> None:
+        """The last slot decodes over the edge of what each graph attends to; the others follow."""
+        num_rows, last_slot = self._shape.max_seq_len, self._shape.batch_size - 1
+        for slot in range(last_slot):
+            self._prompt(slot, 1)
+        for rows in row_buckets:
+            begin = max(1, rows - 1)
+            self._prompt(last_slot, begin, begin=max(0, begin - _MAX_FILLED))
+            self._decode_live(min(_NUM_LAST, num_rows - begin))
 
     def run_last(self) -> None:
         """The last slot is filled to its last row, first by prefill, then by decode.

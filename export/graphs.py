@@ -12,7 +12,9 @@ Every graph of every target has these inputs and outputs, all dimensions integer
 | logits (output) | [B, N, V] | float32 | |
 | present.{i}.key, .value (output) | [B, K, S, D] | the graph's | bind to the past's memory |
 
-Prefill has B = 1, T = P; decode has B = batch_size, T = 1; N = 1 in both. Past the cache
+Prefill has B = 1, T = P; decode has B = batch_size, T = 1; N = 1 in both. Where attention costs
+what it may look at, live or not (StandardAttention), there are several decode graphs: each attends
+to the first R rows, and is for steps whose tokens all lie in them. Past the cache
 (position >= S, decode only) graphs with TensorScatter (`tensorrt`, `cuda` in float32, and heads
 whose size isn't a multiple of 8) take write_indices = position % S. GroupQueryAttention (all
 others) appends at write_indices: copy row S-1 over row (position - S) % (S - 1), then pass
@@ -52,6 +54,7 @@ __all__ = [
     "OPSET",
     "TARGETS",
     "GraphSpec",
+    "attention_type",
     "input_names",
     "output_names",
     "save_graph",
@@ -83,6 +86,7 @@ class GraphSpec:
         batch: B.
         tokens: T.
         rows: S.
+        attended_rows: R, of StandardAttention; None is S.
         logits: N.
         num_positions: Rows of the RoPE tables.
         packed: Module name to how its weight is packed.
@@ -95,6 +99,7 @@ class GraphSpec:
     batch: int
     tokens: int
     rows: int
+    attended_rows: int | None = None
     logits: int = 1
     num_positions: int
     packed: Mapping[str, PackedFormat] = field(default_factory=dict)
@@ -102,12 +107,22 @@ class GraphSpec:
     accuracy_level: int = 4
 
 
-def _attention_type(config: LlamaConfig, spec: GraphSpec) -> type[ExportAttention]:
+def attention_type(config: LlamaConfig, target: str, dtype: str) -> type[ExportAttention]:
+    """Which form of attention a graph has.
+
+    Args:
+        config: The model.
+        target: One of TARGETS.
+        dtype: Of the graph.
+
+    Returns:
+        Its type.
+    """
     # GroupQueryAttention has CUDA kernels for 16-bit types alone, and none for other head sizes.
-    on_gpu_in_float32 = spec.target == "cuda" and spec.dtype == "float32"
+    on_gpu_in_float32 = target == "cuda" and dtype == "float32"
     if on_gpu_in_float32 or config.head_dim % 8:
         return StandardAttention
-    return TARGETS[spec.target]
+    return TARGETS[target]
 
 
 def input_names(config: LlamaConfig) -> list[str]:
@@ -234,7 +249,7 @@ class _Step(nn.Module):
             )
             self.llama.model.embed_tokens = nn.Embedding.from_pretrained(table)
         self.requires_grad_(False)
-        self.attention = _attention_type(config, spec)
+        self.spec = spec
 
     def forward(
         self,
@@ -244,11 +259,16 @@ class _Step(nn.Module):
         logit_indices: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, ...]:
-        attention = self.attention()
+        attention = _make_attention(self.llama.config, self.spec)
         size = len(cache) // self.llama.config.num_hidden_layers
         past = KVCache(tuple(zip(*[iter(cache)] * size, strict=True)))
         logits = self.llama(input_ids, positions, write_indices, logit_indices, past, attention)
         return (logits, *(buffer for layer in attention.written for buffer in layer))
+
+
+def _make_attention(config: LlamaConfig, spec: GraphSpec) -> ExportAttention:
+    kind = attention_type(config, spec.target, spec.dtype)
+    return kind(spec.attended_rows or spec.rows) if kind is StandardAttention else kind()
 
 
 def _cache_names(config: LlamaConfig, prefix: str) -> list[str]:

@@ -33,11 +33,16 @@ class StandardAttention(ExportAttention):
     write. Attention has an explicit bool mask and one output: TensorRT ignores nonpad_kv_seqlen,
     and its causal alignment is unspecified where S > T. Where TensorRT has no kernel for it, it is
     written out.
+
+    Args:
+        attended_rows: R, the first cache rows, which are attended to; no token may lie behind
+            them. All rows are written and returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attended_rows: int) -> None:
         super().__init__()
-        self._mask: Tensor | None = None  # [B, 1, T, S] bool, of all layers
+        self._attended_rows = attended_rows
+        self._mask: Tensor | None = None  # [B, 1, T, R] bool, of all layers
 
     def __call__(
         self,
@@ -56,10 +61,12 @@ class StandardAttention(ExportAttention):
         """See Attention."""
         k_cache, v_cache = cache
         if self._mask is None:
-            self._mask = causal_mask(positions, q.shape[1], k_cache.shape[2])
+            self._mask = causal_mask(positions, q.shape[1], self._attended_rows)
         k_cache = _scatter(k_cache, _rotate(k.transpose(1, 2), cos, sin), write_indices)
         v_cache = _scatter(v_cache, v.transpose(1, 2), write_indices)
         self.written.append((k_cache, v_cache))
+        k_cache = k_cache[:, :, : self._attended_rows]  # of all rows this is no operator
+        v_cache = v_cache[:, :, : self._attended_rows]
         # TensorRT's parser scales q and k by a rounded 1 / D**0.25 each, over the whole cache.
         q = _rotate(q.transpose(1, 2), cos, sin, scale=scale)  # [B, H, T, D]
         if not _has_kernel(q):

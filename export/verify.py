@@ -267,7 +267,11 @@ def _record(
         progress=progress,
     ).backend
     groups = record_groups(
-        reference, text_ids, bos_token_id=manifest.bos_token_id, progress=progress
+        reference,
+        text_ids,
+        bos_token_id=manifest.bos_token_id,
+        row_buckets=manifest.row_buckets,
+        progress=progress,
     )
     del reference
     gc.collect()  # before another copy of the weights is loaded

@@ -240,7 +240,7 @@ def test_an_edited_manifest_is_refused(bundle: Path, old: str, new: str):
         ("[]", "not a bundle's manifest"),
         ("{}", "not a bundle's manifest"),
         ('{"format": 1}', "was changed"),
-        ('{"format": 3, "digest": ""}', "format is 3; this llamac reads 1 and 2; export again"),
+        ('{"format": 4, "digest": ""}', "format is 4; this llamac reads 1 to 3; export again"),
         ('{"format": true}', "format is True; this llamac reads 1"),
         ('{"format": "1"}', "format is '1'; this llamac reads 1"),
     ],
@@ -369,6 +369,22 @@ FORGERIES: dict[str, tuple[Callable[[Manifest], dict], str]] = {
     ),
     "another batch": (
         lambda m: {"graphs": first_graph(m, batch=5)},
+        "the graphs of cpu do not match the shape",
+    ),
+    "a graph of no rows": (
+        lambda m: {"graphs": (*m.graphs, replace(m.decode_graphs("cpu")[0], attended_rows=0))},
+        "the graphs of cpu do not match the shape",
+    ),
+    "two graphs of as many rows": (
+        lambda m: {"graphs": (*m.graphs, m.decode_graphs("cpu")[0])},
+        "the graphs of cpu do not match the shape",
+    ),
+    "no graph of all rows": (
+        lambda m: {
+            "graphs": tuple(
+                replace(g, attended_rows=8) if g.role == "decode" else g for g in m.graphs
+            )
+        },
         "the graphs of cpu do not match the shape",
     ),
     "other rows": (lambda m: {"graphs": first_graph(m, rows=99)}, "the graphs of cpu do not match"),

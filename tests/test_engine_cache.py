@@ -23,6 +23,7 @@ DECODE = GraphFile(
     batch=4,
     tokens=1,
     rows=32,
+    attended_rows=32,
     logits=1,
     dtype="float16",
     ops={},
@@ -112,7 +113,7 @@ from llamac.runtime.ort.engine_cache import kept_engines
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 base, content = Path(sys.argv[2]), sys.argv[3].encode()
 try:
-    with kept_engines({manifest}, base) as engines:
+    with kept_engines({manifest}, ["decode.onnx"], base) as engines:
         print(engines.built)
         if not engines.built:
             (engines.folder / "decode.onnx").write_bytes(b"model")

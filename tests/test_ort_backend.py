@@ -259,7 +259,8 @@ def test_a_step_runs_the_nodes_of_the_graph_and_copies_nothing(
     request = Request(prompt_ids=tuple(random_ids(P + 2)), max_new_tokens=S, limit_policy="roll")
     generate(backend, None, [request])
     cache_bytes = B * backend._cache.slot_bytes
-    for role, graph in (("decode", backend._decode), ("prefill", backend._prefill[P])):
+    (decode,) = backend._decode._graphs
+    for role, graph in (("decode", decode), ("prefill", backend._prefill[P])):
         profile = json.loads(Path(graph._session.end_profiling()).read_text())
         nodes = [event["args"] for event in profile if event["name"].endswith("_kernel_time")]
         assert {node["provider"] for node in nodes} == {"CPUExecutionProvider"}

@@ -201,20 +201,24 @@ def test_an_unknown_accuracy_level_is_refused(tmp_path: Path, level: int):
         export_bundle(open_checkpoint(folder), tmp_path / "b", accuracy_level=level, **SIZES)
 
 
-def test_bundles_of_format_1_are_read(tmp_path: Path):
-    """One dtype a file, no packed weights."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_bundles_of_older_formats_are_read(tmp_path: Path, version: int):
+    """One dtype a file, no packed weights; no speculation, no graphs of fewer rows."""
     folder = write_folder(tmp_path / "checkpoint", plain_weights())
     bundle = export_bundle(open_checkpoint(folder), tmp_path / "bundle", **SIZES)
     expected = run_all(OrtBackend(bundle, threads=1))
     path = bundle.folder / MANIFEST_NAME
     data = json.loads(path.read_text())
-    assert data.pop("format") == 2
+    assert data.pop("format") == 3
     del data["digest"]
-    for file in data["weights"]:
-        (file["dtype"],) = {stored.pop("dtype") for stored in file["tensors"].values()}
+    assert data["shape"].pop("num_guesses") == 0
     for graph in data["graphs"]:
-        assert graph.pop("accuracy_level") is None
-    data = {"format": 1, **data}
+        assert graph.pop("attended_rows") == graph["rows"]
+        if version == 1:
+            assert graph.pop("accuracy_level") is None
+    for file in data["weights"] if version == 1 else ():
+        (file["dtype"],) = {stored.pop("dtype") for stored in file["tensors"].values()}
+    data = {"format": version, **data}
     path.write_text(json.dumps({**data, "digest": content_digest(data)}))
     found = open_bundle(bundle.folder)
     assert replace(found, digest="") == replace(bundle, digest="")

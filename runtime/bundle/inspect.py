@@ -58,7 +58,9 @@ def print_bundle(manifest: Manifest) -> None:
             if graph.target == target:
                 ops = sorted(graph.ops.items(), key=lambda item: -item[1])
                 counts = ", ".join(f"{op} {count}" for op, count in ops)
-                print(f"    {graph.role} {graph.batch} x {graph.tokens}: {counts}")
+                rows = graph.attended_rows
+                among = f" on {rows} rows" if rows < graph.rows else ""
+                print(f"    {graph.role} {graph.batch} x {graph.tokens}{among}: {counts}")
 
 
 def _memory(target: str, needs: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ __all__ = [
     "content_digest",
 ]
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "bundle.json"
 REPORTS_NAME = "reports"  # the one folder that may change after the export
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of caches and plain weights
@@ -71,6 +71,8 @@ class GraphFile:
         batch: B.
         tokens: T.
         rows: S.
+        attended_rows: R, rows from the first on that attention looks at; less than S in decode
+            graphs for steps whose tokens all lie in them.
         logits: N, tokens of a row that get logits.
         dtype: Of what is computed, and of the cache inputs and outputs.
         ops: How many of each operator.
@@ -84,6 +86,7 @@ class GraphFile:
     batch: int
     tokens: int
     rows: int
+    attended_rows: int
     logits: int
     dtype: str
     ops: dict[str, int]
@@ -158,6 +161,11 @@ class Manifest:
         """The targets that were exported, in their order."""
         return tuple(dict.fromkeys(graph.target for graph in self.graphs))
 
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows below S that graphs attend to, ascending."""
+        return tuple(sorted({g.attended_rows for g in self.graphs if g.attended_rows < g.rows}))
+
     def find_graph(self, role: str, target: str, tokens: int | None = None) -> GraphFile:
         """Looks a graph up.
 
@@ -167,7 +175,7 @@ class Manifest:
             tokens: T; None takes the longest.
 
         Returns:
-            The graph; `folder / graph.file` is its path.
+            The graph, which attends to all rows; `folder / graph.file` is its path.
 
         Raises:
             ValueError: The bundle has no such graph.
@@ -179,7 +187,12 @@ class Manifest:
                 f"{self.folder}: no {role} graph for target {target!r}; it was exported for "
                 f"{', '.join(self.targets)}; export again with --target {target}"
             )
-        return max(found, key=lambda g: g.tokens)
+        return max(found, key=lambda g: (g.tokens, g.attended_rows))
+
+    def decode_graphs(self, target: str) -> tuple[GraphFile, ...]:
+        """The decode graphs of one of targets, from the fewest rows attended to to all."""
+        found = [g for g in self.graphs if (g.role, g.target) == ("decode", target)]
+        return tuple(sorted(found, key=lambda g: g.attended_rows))
 
     def to_json(self) -> str:
         """The text of bundle.json; the digest is computed, not taken."""

@@ -21,9 +21,10 @@ class MemoryNeeds:
     Attributes:
         dtype: Of weights and cache.
         weight_bytes: All weights once.
-        weight_copies: How many times they are in memory.
+        weight_copies: How many times they are in memory, with all graphs open. Where that is too
+            much, those that attend to fewer rows aren't opened.
         prepacked_bytes: What CPU sessions hold besides: each its own copy of the packed weights, in
-            the layout that its kernels like.
+            the layout that its kernels like. None that attends to fewer rows is among them.
         cache_bytes: The KV cache of all slots.
         host_bytes: In all, where the target runs on the CPU.
         device_bytes: In all, where it runs on a GPU.
@@ -60,7 +61,8 @@ def memory_needs(manifest: Manifest, target: str) -> MemoryNeeds:
     on_host = target == "cpu"
     # Each TensorRT engine and each CUDA session holds the weights; CPU sessions map one file.
     copies = 1 if on_host else len(graphs)
-    prepacked = packed * len(graphs) if on_host else 0
+    num_whole = sum(graph.attended_rows == graph.rows for graph in graphs)
+    prepacked = packed * num_whole if on_host else 0
     total = weights * copies + prepacked + cache
     return MemoryNeeds(
         dtype=dtype,

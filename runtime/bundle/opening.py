@@ -102,28 +102,32 @@ def _read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError(f"{path}: not a bundle's manifest; export again")
     version = data.pop("format")
-    if version not in (1, FORMAT) or type(version) is not int:
+    if version not in range(1, FORMAT + 1) or type(version) is not int:
         raise ValueError(
-            f"{path}: format is {version!r}; this llamac reads 1 and {FORMAT}; export again"
+            f"{path}: format is {version!r}; this llamac reads 1 to {FORMAT}; export again"
         )
     digest = data.pop("digest", None)
     if digest != content_digest({"format": version, **data}):
         raise ValueError(f"{path}: was changed after the export; export again")
     # Beyond this point only a forged manifest fails.
-    if version == 1:
-        _upgrade(data)
+    _upgrade(data, version)
     return to_dataclass(Manifest, {"folder": folder, "digest": digest, **data}, str(path))
 
 
-def _upgrade(data: dict[str, Any]) -> None:
-    """Format 1 had one dtype a file and no packed weights."""
+def _upgrade(data: dict[str, Any], version: int) -> None:
+    """Format 1 had one dtype a file and no packed weights, 2 no graphs of fewer rows."""
     with contextlib.suppress(AttributeError, KeyError, TypeError):  # refused after this
-        for file in data["weights"]:
-            dtype = file.pop("dtype")
-            for stored in file["tensors"].values():
-                stored["dtype"] = dtype
-        for graph in data["graphs"]:
-            graph["accuracy_level"] = None
+        if version == 1:
+            for file in data["weights"]:
+                dtype = file.pop("dtype")
+                for stored in file["tensors"].values():
+                    stored["dtype"] = dtype
+            for graph in data["graphs"]:
+                graph["accuracy_level"] = None
+        if version < FORMAT:
+            data["shape"].setdefault("num_guesses", 0)  # not in the first of format 2
+            for graph in data["graphs"]:
+                graph["attended_rows"] = graph["rows"]
 
 
 def _check_name(folder: Path, name: str) -> None:
@@ -153,13 +157,16 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
     if min(getattr(manifest.model, name) for name in ModelSizes.__slots__) < 1:
         raise ValueError(f"{where}: a size of the model is not positive; export again")
     shape = manifest.shape
-    wanted = {("prefill", 1, tokens) for tokens in shape.prefill_lens}
-    wanted.add(("decode", shape.batch_size, 1))
+    num_rows = shape.max_seq_len
+    decode = ("decode", shape.batch_size, 1)
+    wanted = {("prefill", 1, tokens, num_rows) for tokens in shape.prefill_lens}
+    wanted.add((*decode, num_rows))
     for target in manifest.targets:
         graphs = [graph for graph in manifest.graphs if graph.target == target]
-        found = {(graph.role, graph.batch, graph.tokens) for graph in graphs}
+        found = {(graph.role, graph.batch, graph.tokens, graph.attended_rows) for graph in graphs}
+        allowed = wanted | {(*decode, rows) for *_, rows in found if 1 <= rows < num_rows}
         rows = {graph.rows for graph in graphs}
-        if found != wanted or len(graphs) != len(wanted) or rows != {shape.max_seq_len}:
+        if not wanted <= found <= allowed or len(graphs) != len(found) or rows != {num_rows}:
             raise ValueError(
                 f"{where}: the graphs of {target} do not match the shape; export again"
             )

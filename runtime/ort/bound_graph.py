@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..bundle.manifest import GraphFile
 from .buffers import ONNX_TYPES, CacheBuffers, allocate
 from .providers import named_errors, quiet_run_options
 
-__all__ = ["BoundGraph"]
+__all__ = ["BoundGraph", "GraphsByRows"]
 
 
 class BoundGraph:
@@ -26,6 +27,9 @@ class BoundGraph:
         graph: Its sizes.
         vocab_size: V.
         cache: Bound as past and present; ids and logits lie where it does.
+
+    Attributes:
+        attended_rows: R; no token may lie behind these rows.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class BoundGraph:
         cache: CacheBuffers,
     ) -> None:
         self._session = session
+        self.attended_rows = graph.attended_rows
         self._name = graph.file
         device_id = cache.device_id
         self._place = ("cpu", 0) if device_id is None else ("cuda", device_id)
@@ -58,14 +63,14 @@ class BoundGraph:
             inputs: In the graph's sizes; the slots are one of a prefill graph, or all in order.
 
         Returns:
-            [B, V] float32 logits, on the CPU a view that the next run overwrites.
+            [B, N, V] float32 logits, on the CPU a view that the next run overwrites.
         """
         for name, buffer in self._inputs.items():
             buffer.write(getattr(inputs, name))
         with named_errors(self._name):
             binding = self._bindings[int(inputs.slots[0])]
             self._session.run_with_iobinding(binding, self._options)
-        return self._logits.read()[:, 0]
+        return self._logits.read()
 
     def _bind(self, cache: CacheBuffers, slot: int, batch: int) -> Any:
         binding = self._session.io_binding()
@@ -88,3 +93,27 @@ class BoundGraph:
         self, binding: Any, name: str, dtype: str, shape: tuple[int, ...], pointer: int
     ) -> None:
         binding.bind_output(name, *self._place, ONNX_TYPES[dtype], list(shape), pointer)
+
+
+class GraphsByRows:
+    """Graphs of one step that attend to more rows or fewer; the fewest that do run.
+
+    What a graph doesn't look at is masked in the others.
+
+    Args:
+        graphs: On one cache, the last one on all its rows.
+    """
+
+    def __init__(self, graphs: Sequence[BoundGraph]) -> None:
+        self._graphs = sorted(graphs, key=lambda graph: graph.attended_rows)
+
+    @property
+    def first_positions(self) -> list[int]:
+        """For each graph the first position of a token that it is chosen for."""
+        return [0, *(graph.attended_rows for graph in self._graphs[:-1])]
+
+    def run(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """See BoundGraph; past the cache all rows are attended to."""
+        rows = int(inputs.positions.max()) + inputs.input_ids.shape[1]
+        fitting = (graph for graph in self._graphs if graph.attended_rows >= rows)
+        return next(fitting, self._graphs[-1]).run(inputs)

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,11 +93,14 @@ class Engines:
 
 
 @contextlib.contextmanager
-def kept_engines(manifest: Manifest, base: Path | None, device_id: int = 0) -> Iterator[Engines]:
+def kept_engines(
+    manifest: Manifest, files: Sequence[str], base: Path | None, device_id: int = 0
+) -> Iterator[Engines]:
     """Finds a bundle's engines, or keeps those that the block builds, once all are whole.
 
     Args:
         manifest: The bundle; its digest covers graphs and weights.
+        files: The graphs that are opened.
         base: Where such folders are kept; None is the user's cache.
         device_id: The GPU.
 
@@ -108,7 +111,7 @@ def kept_engines(manifest: Manifest, base: Path | None, device_id: int = 0) -> I
         ValueError: The folder can't be made, or another process builds the same engines.
     """
     base = cache_folder("tensorrt") if base is None else base
-    folder = base / _folder_name(manifest, device_id)
+    folder = base / _folder_name(manifest, files, device_id)
     if folder.is_dir():
         os.utime(folder)  # the oldest are pruned
         yield Engines(folder=folder, built=True, device_id=device_id)
@@ -149,12 +152,13 @@ def prune_engines(base: Path, *, keep: Path, max_bytes: int = MAX_CACHE_BYTES) -
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folder_name(manifest: Manifest, device_id: int) -> str:
+def _folder_name(manifest: Manifest, files: Sequence[str], device_id: int) -> str:
     import onnxruntime
 
     gpu = find_gpu(device_id)
     key = {
         "bundle": manifest.digest,
+        "graphs": list(files),
         "onnxruntime": onnxruntime.__version__,
         "tensorrt": ctypes.CDLL("libnvinfer.so.10").getInferLibVersion(),
         "gpu": gpu and [gpu.name, gpu.compute_capability],

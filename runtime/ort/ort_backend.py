@@ -17,7 +17,7 @@ from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest
 from ..bundle.memory_needs import memory_needs
 from ..bundle.opening import open_bundle
 from ..memory import available_bytes, format_bytes
-from .bound_graph import BoundGraph
+from .bound_graph import BoundGraph, GraphsByRows
 from .buffers import CacheBuffers
 from .engine_cache import Engines, kept_engines
 from .gpu_libraries import free_bytes, num_gpus
@@ -87,23 +87,24 @@ class OrtBackend:
         self.target = check_choice(manifest, provider, target)
         on_gpu = provider != "cpu"
         _check_device(device_id, num_gpus() if on_gpu else 1)
-        _check_memory(
-            manifest, self.target, prepack=prepack, device_id=device_id if on_gpu else None
-        )
         self.shape: StaticShape = manifest.shape
         model, shape = manifest.model, manifest.shape
-        decode = manifest.find_graph("decode", self.target)
+        prefill = [manifest.find_graph("prefill", self.target, p) for p in shape.prefill_lens]
+        decode = manifest.decode_graphs(self.target)
+        decode = decode[
+            _num_left_out(manifest, self.target, prepack, device_id if on_gpu else None) :
+        ]
         self._cache = CacheBuffers(
             (shape.batch_size, model.num_key_value_heads, shape.max_seq_len, model.head_dim),
             model.num_hidden_layers,
-            decode.dtype,
+            decode[-1].dtype,
             device_id=device_id if on_gpu else None,
         )
         # On a GPU every session uploads its own copy.
-        self._weights = {} if on_gpu else map_weights(manifest, decode.dtype)
+        self._weights = {} if on_gpu else map_weights(manifest, decode[-1].dtype)
         report = progress or (lambda _: None)
         kept = (
-            kept_engines(manifest, engine_cache, device_id)
+            kept_engines(manifest, [g.file for g in (*prefill, *decode)], engine_cache, device_id)
             if provider == "tensorrt"
             else contextlib.nullcontext()
         )
@@ -118,15 +119,10 @@ class OrtBackend:
                 weights=self._weights,
                 report=report,
             )
-            self._prefill = {
-                length: opener.open(
-                    manifest.find_graph("prefill", self.target, length), self._cache
-                )
-                for length in shape.prefill_lens
-            }
-            self._decode = opener.open(decode, self._cache)
+            self._prefill = {graph.tokens: opener.open(graph, self._cache) for graph in prefill}
+            self._decode = GraphsByRows([opener.open(graph, self._cache) for graph in decode])
         # TensorScatter can write any row; GroupQueryAttention appends at its own length.
-        self._appends = "GroupQueryAttention" in decode.ops
+        self._appends = "GroupQueryAttention" in decode[-1].ops
         self._last_rolled = [-1] * shape.batch_size
         if on_gpu:
             self._warm_up(report)
@@ -136,14 +132,14 @@ class OrtBackend:
         """One chunk of a prompt through one slot; see Backend."""
         inputs = self.shape.chunk_inputs(slot, ids, start)
         self._last_rolled[slot] = -1
-        return self._prefill[inputs.input_ids.shape[1]].run(inputs)[0].copy()
+        return self._prefill[inputs.input_ids.shape[1]].run(inputs)[0, 0].copy()
 
     def decode(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of every slot; see Backend."""
         inputs = self.shape.step_inputs(ids, positions)
         if self._appends:
             inputs = replace(inputs, write_indices=self._roll(inputs.positions))
-        return self._decode.run(inputs)
+        return self._decode.run(inputs)[:, 0]
 
     def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Refused, as a bundle has no such graph; see Backend."""
@@ -184,11 +180,12 @@ class OrtBackend:
     def _warm_up(self, report: Callable[[str], None]) -> None:
         """Two runs: on a GPU the first decode is recorded, the second replayed."""
         report("warming up")
-        zeros = np.zeros(self.shape.batch_size, np.int64)
+        ids = np.zeros(self.shape.batch_size, np.int64)
         for _ in range(2):
             for length in self.shape.prefill_lens:
                 self.prefill(0, [0] * length, 0)
-            self.decode(zeros, zeros)
+            for position in self._decode.first_positions:
+                self.decode(ids, np.full_like(ids, position))
 
 
 def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
@@ -295,12 +292,23 @@ def _check_device(device_id: int, num_devices: int) -> None:
         raise ValueError(f"device_id is {device_id!r}; there is {allowed}")
 
 
-def _check_memory(manifest: Manifest, target: str, *, prepack: bool, device_id: int | None) -> None:
-    needs = memory_needs(manifest, target)
+def _num_left_out(manifest: Manifest, target: str, prepack: bool, device_id: int | None) -> int:
+    """How many decode graphs aren't opened, all but the last where each needs its own weights.
+
+    On a GPU each does, and they are opened if there is room. On a CPU they share a mapped file, but
+    for weights that are converted, or laid out anew, as they are read.
+
+    Raises:
+        BackendUnavailableError: There is too little memory.
+    """
+    needs, graphs = memory_needs(manifest, target), manifest.decode_graphs(target)
+    num_more = len(graphs) - 1
     if device_id is None:
         copies, free, where = 1 + prepack, available_bytes(), "memory"
+        shared = not prepack and graphs[-1].dtype == "float32" and graphs[-1].accuracy_level is None
     else:
-        copies, free, where = needs.weight_copies, free_bytes(device_id), "GPU memory"
+        copies, free, where = needs.weight_copies - num_more, free_bytes(device_id), "GPU memory"
+        shared = needs.weight_copies * needs.weight_bytes + needs.cache_bytes <= free
     weights, cache = copies * needs.weight_bytes + needs.prepacked_bytes, needs.cache_bytes
     if weights + cache > free:
         raise BackendUnavailableError(
@@ -308,3 +316,4 @@ def _check_memory(manifest: Manifest, target: str, *, prepack: bool, device_id: 
             f"{format_bytes(free)} of free {where}; export with a smaller --max-seq-len or "
             "--batch-size"
         )
+    return 0 if shared else num_more
