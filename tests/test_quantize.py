@@ -129,6 +129,20 @@ def test_no_weight_is_off_by_more_than_half_a_step(tmp_path: Path, kind: str, re
         assert (off <= 0.5001).all()
 
 
+def test_weights_begin_at_lines_of_the_cache(tmp_path: Path):
+    quantize(DEMO_FOLDER, tmp_path / "out", "int8")
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    header_len = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:header_len])
+    begins = {
+        name: header_len + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name.endswith("weight_packed")
+    }
+    assert len(begins) > 1
+    assert {begin % 64 for begin in begins.values()} == {0}
+
+
 def test_four_bits_clip_where_that_makes_the_error_smaller():
     torch.manual_seed(0)
     form = PackedFormat(bits=4, group_size=32, scale_dtype="float32")
