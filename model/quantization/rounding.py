@@ -11,16 +11,20 @@ from ..packed import PackedFormat
 __all__ = ["round_weight"]
 
 
-# Scales that are tried for 4 bits, as multiples of that which makes the element of the largest
-# magnitude -8: smaller ones clip it and round the others finer, with negative ones it becomes 7.
-_TRIED = (1.0, 0.95, 0.9, 0.85, -1.05, -8 / 7)
+# Scales that are tried, as multiples of that which makes the element of the largest magnitude the
+# lowest value: smaller ones clip it and round the others finer, with negative ones it becomes the
+# highest. With 8 bits they differ by as much as their dtype can tell: the luckiest is taken.
+_TRIED = {
+    4: (1.0, 0.95, 0.9, 0.85, -1.05, -8 / 7),
+    8: (1.0, 0.992, 0.984, 0.976, -1.008, -1.016),
+}
 
 
 def round_weight(weight: Tensor, form: PackedFormat) -> tuple[Tensor, Tensor]:
     """Rounds to the nearest values that a format can hold.
 
-    With 8 bits the largest magnitude of a group becomes 127. With 4 bits a group gets the scale, of
-    several, with the smallest squared error: of normally distributed weights a tenth less.
+    A group gets the scale, of several, with the smallest squared error: of normally distributed
+    weights a tenth less.
 
     Args:
         weight: [N, K] float32.
@@ -33,18 +37,16 @@ def round_weight(weight: Tensor, form: PackedFormat) -> tuple[Tensor, Tensor]:
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # [N, K / g, 1]
     half = 2 ** (form.bits - 1)
     dtype = getattr(torch, form.scale_dtype)
-    if form.bits == 8:
-        scale, values = _round(groups, largest.abs() / (half - 1), dtype, half)
-    else:
-        scale, values = _round(groups, largest / -half, dtype, half)
-        least = _squared_error(groups, scale, values)
-        for factor in _TRIED[1:]:
-            tried, rounded = _round(groups, largest * (factor / -half), dtype, half)
-            error = _squared_error(groups, tried, rounded)
-            is_better = error < least
-            least = torch.where(is_better, error, least)
-            scale = torch.where(is_better, tried, scale)
-            values = torch.where(is_better, rounded, values)
+    first, *others = _TRIED[form.bits]
+    scale, values = _round(groups, largest * (first / -half), dtype, half)
+    least = _squared_error(groups, scale, values)
+    for factor in others:
+        tried, rounded = _round(groups, largest * (factor / -half), dtype, half)
+        error = _squared_error(groups, tried, rounded)
+        is_better = error < least
+        least = torch.where(is_better, error, least)
+        scale = torch.where(is_better, tried, scale)
+        values = torch.where(is_better, rounded, values)
     packed = pack_columns(values.add_(half).to(torch.uint8).flatten(1), form.bits)
     return packed, scale[..., 0]
 
