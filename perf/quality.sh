@@ -7,6 +7,7 @@ source=$1 text=$2
 shift 2
 [ $# -gt 0 ] || set -- int8-g32 int8 int4 int4-g64 int4-g128
 for recipe in "$@"; do
-  echo "$recipe: $(llamac score "$source" --quantize "$recipe" --against "$source" --text-file "$text" \
-    --backend eager --dtype float32 --max-seq-len 512 2>/dev/null | tail -1)"
+  printed=$(llamac score "$source" --quantize "$recipe" --against "$source" --text-file "$text" \
+    --backend eager --dtype float32 --max-seq-len 512)
+  echo "$recipe: ${printed##*$'\n'}"
 done

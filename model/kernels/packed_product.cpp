@@ -23,8 +23,9 @@ constexpr int ROWS_AT_ONCE = LANES == 16 ? 2 : 1;  // rows of a weight that ther
 // Rows of a weight that a part of x stays in the first cache for, and that part.
 constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // Where x is one row, that many distant rows are read at once, each straight through its own run of
-// rows: what is loaded of x serves all, and few runs are easily fetched ahead.
-constexpr int64_t RUNS = 2, FETCHED_AHEAD = 512;
+// rows: what is loaded of x serves all, and few runs are easily fetched ahead. They are more where x
+// doesn't stay in the first cache beside them.
+constexpr int64_t RUNS = 2, LONG_X_RUNS = 4, FETCHED_AHEAD = 512;
 
 // x as a form reads it: [block, row of x] of the form's vectors, padded with zeros.
 template <class Form>
@@ -159,7 +160,7 @@ void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int6
       const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
       // Into the first cache, or the second. Of 8 bits, whose blocks pass faster, the first one's
       // lines would replace x's; measured.
-      if constexpr (IS_ONE) __builtin_prefetch(own + FETCHED_AHEAD, 0, 3);
+      if constexpr (IS_ONE && ROWS <= RUNS) __builtin_prefetch(own + FETCHED_AHEAD, 0, 3);
       else if constexpr (Form::COLUMNS == 8) __builtin_prefetch(own + 2048, 0, 3);
       else __builtin_prefetch(own + 4096, 0, 2);
       words[r] = load_words(own);
@@ -219,7 +220,7 @@ void end(const Job<Form>& job, const Rows& rows) {
 }
 
 // The rows first to last of a weight with one row of x.
-template <class Form, int COUNT = RUNS>
+template <class Form, int COUNT>
 void multiply_one(const Job<Form>& job, int64_t first, int64_t last) {
   const int64_t length = (last - first) / COUNT;
   for (int64_t row = 0; row < length; row++) {
@@ -311,8 +312,10 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
                             load_words(lane_groups), shift};
         const int64_t rows = weights[i].num_rows;
         const int64_t first = rows * thread / count, last = rows * (thread + 1) / count;
-        if (num_x == 1) multiply_one(job, first, last);
-        else multiply_several(job, first, last);
+        const int64_t x_bytes = 4 * Arranged<Form>::num_floats(x);
+        if (num_x > 1) multiply_several(job, first, last);
+        else if (x_bytes > CHUNK_BYTES) multiply_one<Form, LONG_X_RUNS>(job, first, last);
+        else multiply_one<Form, RUNS>(job, first, last);
       });
   }
   std::free(scratch);
