@@ -48,8 +48,10 @@ from .weights import WeightPlan, plan_weights, write_rope_tables, write_weights
 
 __all__ = ["ROW_BUCKETS", "export_bundle"]
 
-# Each graph is a session more, and on a GPU a copy of the weights more: few, far apart.
+# Each graph is a session more, and on a GPU a copy of the weights more: few, far apart. The rows
+# are copied out of the cache: of half of them that takes as long as attending to all.
 ROW_BUCKETS = (256, 1024, 4096)
+_LARGEST_SHARE = 4  # of S in the largest of these
 
 _ROPE_NAME = "rope.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
@@ -67,7 +69,8 @@ def export_bundle(
     max_seq_len: int | None = None,
     dtype: str | None = None,
     accuracy_level: int = 4,
-    row_buckets: Sequence[int] = ROW_BUCKETS,
+    num_guesses: int = 0,
+    row_buckets: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Exports prefill and decode graphs with their weights into one folder.
@@ -82,8 +85,11 @@ def export_bundle(
         dtype: Of the `tensorrt` and `cuda` graphs; None keeps the checkpoint's. `cpu` is float32.
         accuracy_level: Of products with packed weights in `cpu` and `cuda` graphs: 4 rounds what
             they are multiplied with to 8 bits, which is several times faster on a CPU; 0 doesn't.
-        row_buckets: Numbers of rows below S, for each of which there is a decode graph that attends
-            to no more, where attention costs what it may look at.
+        num_guesses: Ids behind the newest that a step of its own checks (see speculation); 0 makes
+            no such step.
+        row_buckets: Numbers of rows below S, for each of which there is a graph of each step that
+            attends to no more, where attention costs what it may look at; None takes of
+            ROW_BUCKETS those up to a quarter of S.
         progress: Told what is being done.
 
     Returns:
@@ -97,9 +103,17 @@ def export_bundle(
     shape = static_shape(
         config, batch_size=batch_size, max_seq_len=max_seq_len, prefill_len=prefill_len
     )
+    if not 0 <= num_guesses < shape.max_seq_len:
+        raise ValueError(
+            f"num_guesses is {num_guesses}; with max_seq_len {shape.max_seq_len} it must be from 0 "
+            f"to {shape.max_seq_len - 1}"
+        )
+    shape = replace(shape, num_guesses=num_guesses)
     dtypes = _target_dtypes(config, targets, dtype)
     if accuracy_level not in _ACCURACY_LEVELS:
         raise ValueError(f"accuracy_level is {accuracy_level}; it must be one of 0 to 4")
+    if row_buckets is None:
+        row_buckets = [r for r in ROW_BUCKETS if r * _LARGEST_SHARE <= shape.max_seq_len]
     if any(rows < 1 for rows in row_buckets):
         raise ValueError(f"row_buckets are {list(row_buckets)}; each must be at least 1")
     _check_cache(config, shape)
@@ -190,14 +204,17 @@ def _graph_files(
     accuracy_level: int | None,
 ) -> Iterator[GraphFile]:
     num_rows = shape.max_seq_len
+    steps = {"decode": 1, **({"extend": 1 + shape.num_guesses} if shape.num_guesses else {})}
     for target, dtype in dtypes.items():
-        has_buckets = attention_type(config, target, dtype) is StandardAttention
-        buckets = sorted({rows for rows in row_buckets if rows < num_rows}) if has_buckets else []
-        for name, role, batch, tokens, attended_rows in (
-            *((f"prefill-{p}", "prefill", 1, p, num_rows) for p in shape.prefill_lens),
-            *((f"decode-{r}", "decode", shape.batch_size, 1, r) for r in buckets),
-            ("decode", "decode", shape.batch_size, 1, num_rows),
-        ):
+        sizes = [(f"prefill-{p}", "prefill", 1, p, num_rows) for p in shape.prefill_lens]
+        for role, tokens in steps.items():
+            batch = shape.batch_size
+            kind = attention_type(config, target, dtype, batch=batch, tokens=tokens)
+            if kind is StandardAttention:
+                buckets = sorted({rows for rows in row_buckets if tokens <= rows < num_rows})
+                sizes += [(f"{role}-{rows}", role, batch, tokens, rows) for rows in buckets]
+            sizes.append((role, role, batch, tokens, num_rows))
+        for name, role, batch, tokens, attended_rows in sizes:
             yield GraphFile(
                 role=role,
                 target=target,
@@ -206,7 +223,7 @@ def _graph_files(
                 tokens=tokens,
                 rows=num_rows,
                 attended_rows=attended_rows,
-                logits=1,
+                logits=tokens if role == "extend" else 1,
                 dtype=dtype,
                 ops={},
                 accuracy_level=accuracy_level if target != "tensorrt" else None,

@@ -28,9 +28,9 @@ class Step:
     """One call of a backend.
 
     Attributes:
-        slot: Of a prefill chunk; None is a decode.
-        ids: [n] int64 of a chunk, [B] of a decode.
-        positions: [1] int64, of a chunk's first id, or [B].
+        slot: Of a prefill chunk; None is a step of all slots.
+        ids: [n] int64 of a chunk, [B] of a decode, [B, T] of an extend.
+        positions: [1] int64, of a chunk's first id, or [B], of each row's first.
         rows: Rows of the logits that are compared; the others are idle.
     """
 
@@ -78,7 +78,7 @@ def record_groups(
 
     Returns:
         The groups: `text`, `prefill`, `chunk edges`, `ragged rows`, `row buckets` if there are any,
-        `last row`, `roll`.
+        `several tokens` if there is such a step, `last row`, `roll`.
     """
     recorder = _Recorder(backend, bos_token_id)
     groups = []
@@ -88,6 +88,11 @@ def record_groups(
         ("chunk edges", recorder.run_edges),
         ("ragged rows", recorder.run_ragged),
         *([("row buckets", lambda: recorder.run_buckets(row_buckets))] if row_buckets else []),
+        *(
+            [("several tokens", lambda: recorder.run_extend(row_buckets))]
+            if backend.shape.num_guesses
+            else []
+        ),
         ("last row", recorder.run_last),
         ("roll", recorder.run_roll),
     ):
@@ -114,6 +119,10 @@ def replay(backend: Backend, group: Group) -> NDArray[np.float32]:
 def _run(backend: Backend, step: Step) -> Iterator[NDArray[np.float32]]:
     if step.slot is not None:
         yield backend.prefill(step.slot, step.ids.tolist(), int(step.positions[0]))
+        return
+    if step.ids.ndim == 2:
+        logits = backend.extend(step.ids, step.positions)
+        yield from logits[list(step.rows)].reshape(-1, logits.shape[-1]).copy()
         return
     logits = backend.decode(step.ids, step.positions)
     for row in step.rows:
@@ -178,6 +187,24 @@ class _Recorder:
             self._prompt(last_slot, begin, begin=max(0, begin - _MAX_FILLED))
             self._decode_live(min(_NUM_LAST, num_rows - begin))
 
+    def run_extend(self, row_buckets: Sequence[int]) -> None:
+        """Drawn ids in steps of several tokens, the last of them over the edge of each graph."""
+        num_slots, num_rows = self._shape.batch_size, self._shape.max_seq_len
+        tokens = 1 + self._shape.num_guesses
+        if tokens == num_rows:
+            self.group.skipped = f"one step of {tokens} tokens fills the cache"
+            return
+        for slot in range(num_slots - 1):
+            self._prompt(slot, 1)
+        edges = [begin for rows in row_buckets for begin in (rows - tokens, rows - tokens + 1)]
+        for begin in (*edges, num_rows - tokens):
+            length = max(1, min(begin, num_rows - tokens))
+            self._prompt(num_slots - 1, length, begin=max(0, length - _MAX_FILLED))
+            ids = self._random.integers(0, self._shape.vocab_size, (num_slots, tokens))
+            rows = tuple(range(num_slots))
+            step = Step(slot=None, ids=ids, positions=self._positions.copy(), rows=rows)
+            self._take(step, [int(p) + 1 + i for p in self._positions for i in range(tokens)])
+
     def run_last(self) -> None:
         """The last slot is filled to its last row, first by prefill, then by decode.
 
@@ -236,5 +263,6 @@ class _Recorder:
         logits = list(_run(self._backend, step))
         self.group.steps.append(step)
         self.group.logits += logits
-        self.group.places += zip(step.rows, predicted, strict=True)
+        slots = np.repeat(step.rows, len(predicted) // len(step.rows)).tolist()
+        self.group.places += zip(slots, predicted, strict=True)
         return logits

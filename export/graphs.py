@@ -12,9 +12,10 @@ Every graph of every target has these inputs and outputs, all dimensions integer
 | logits (output) | [B, N, V] | float32 | |
 | present.{i}.key, .value (output) | [B, K, S, D] | the graph's | bind to the past's memory |
 
-Prefill has B = 1, T = P; decode has B = batch_size, T = 1; N = 1 in both. Where attention costs
-what it may look at, live or not (StandardAttention), there are several decode graphs: each attends
-to the first R rows, and is for steps whose tokens all lie in them. Past the cache
+Prefill has B = 1, T = P; decode has B = batch_size, T = 1; N = 1 in both. Extend, for speculation,
+has B = batch_size, T = N = 1 + num_guesses. Where attention costs what it may look at, live or not
+(StandardAttention), there are several decode and extend graphs: each attends to the first R rows,
+and is for steps whose tokens all lie in them. Past the cache
 (position >= S, decode only) graphs with TensorScatter (`tensorrt`, `cuda` in float32, and heads
 whose size isn't a multiple of 8) take write_indices = position % S. GroupQueryAttention (all
 others) appends at write_indices: copy row S-1 over row (position - S) % (S - 1), then pass
@@ -107,20 +108,25 @@ class GraphSpec:
     accuracy_level: int = 4
 
 
-def attention_type(config: LlamaConfig, target: str, dtype: str) -> type[ExportAttention]:
-    """Which form of attention a graph has.
+def attention_type(
+    config: LlamaConfig, target: str, dtype: str, *, batch: int, tokens: int
+) -> type[ExportAttention]:
+    """Which form of attention a graph has; all forms leave a cache that the others go on with.
 
     Args:
         config: The model.
         target: One of TARGETS.
         dtype: Of the graph.
+        batch: B.
+        tokens: T.
 
     Returns:
         Its type.
     """
-    # GroupQueryAttention has CUDA kernels for 16-bit types alone, and none for other head sizes.
+    # GroupQueryAttention has CUDA kernels for 16-bit types alone, none for other head sizes, and
+    # refuses several rows of several tokens.
     on_gpu_in_float32 = target == "cuda" and dtype == "float32"
-    if on_gpu_in_float32 or config.head_dim % 8:
+    if on_gpu_in_float32 or config.head_dim % 8 or min(batch, tokens) > 1:
         return StandardAttention
     return TARGETS[target]
 
@@ -267,7 +273,7 @@ class _Step(nn.Module):
 
 
 def _make_attention(config: LlamaConfig, spec: GraphSpec) -> ExportAttention:
-    kind = attention_type(config, spec.target, spec.dtype)
+    kind = attention_type(config, spec.target, spec.dtype, batch=spec.batch, tokens=spec.tokens)
     return kind(spec.attended_rows or spec.rows) if kind is StandardAttention else kind()
 
 

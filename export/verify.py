@@ -228,7 +228,13 @@ def _compare(
         expected = np.stack(_record(manifest, original, text_ids, progress)[0].logits)
     results: list[RunResult] = []
     for provider, target in runs:
-        backend = OrtBackend(manifest, provider=provider, target=target, progress=progress)
+        backend = OrtBackend(
+            manifest,
+            provider=provider,
+            target=target,
+            speculate=manifest.shape.num_guesses > 0,
+            progress=progress,
+        )
         graph = manifest.find_graph("decode", target)
         dtype = "int8" if graph.accuracy_level == _INT8_LEVEL else graph.dtype
         compared: list[GroupResult] = []
@@ -264,6 +270,7 @@ def _record(
         batch_size=shape.batch_size,
         max_seq_len=shape.max_seq_len,
         prefill_len=shape.prefill_lens,
+        num_guesses=shape.num_guesses,
         progress=progress,
     ).backend
     groups = record_groups(

@@ -14,7 +14,7 @@ from .bundle.manifest import MANIFEST_NAME, Manifest
 from .bundle.opening import open_bundle
 from .language_model import LanguageModel, RequestOptions
 from .sampling import SamplingParams
-from .speculation import parse_speculate
+from .speculation import check_exported, parse_speculate
 from .text.chat_template import ChatTemplate
 from .text.tokenizer import Tokenizer
 from .text.tokenizer_files import load_tokenizer
@@ -43,8 +43,8 @@ class LoadOptions(TypedDict, total=False):
         adapter: Of a checkpoint: the folder of a LoRA that PEFT saved, merged as it is read.
         quantize: Of a checkpoint: "int4" or "int8", which is done once and kept in the user's
             cache; default as it is.
-        speculate: Of a checkpoint: "lookup" or "lookup:K"; see speculation. Default one token a
-            step.
+        speculate: "lookup" or "lookup:K"; see speculation. Of a bundle as it was exported. Default
+            one token a step.
         batch_size: Of a checkpoint: B, cache slots; default 1.
         max_seq_len: Of a checkpoint: S; default max_position_embeddings, at most 2048.
         prefill_len: Of a checkpoint: P; default 16 and 128, at most S.
@@ -77,7 +77,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 _OF_CHECKPOINTS = {"device", "dtype", "kv_dtype", "adapter", "quantize", "tensor_parallel"}
-_OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len", "speculate"}
+_OF_CHECKPOINTS |= {"batch_size", "max_seq_len", "prefill_len"}
 _OF_BUNDLES = {"provider", "target", "prepack", "engine_cache", "device_id", "check"}
 
 
@@ -151,6 +151,8 @@ def open_source(source: str | Path | None = None, **options: Unpack[LoadOptions]
     if backend == "ort":
         assert path is not None
         manifest = open_bundle(path, check=options.get("check", False))
+        if (speculate := options.get("speculate")) is not None:
+            check_exported(speculate, manifest.shape.num_guesses)
         return Source(folder=manifest.folder, manifest=manifest, checkpoint=None, options=options)
     from ..model.checkpoint import open_checkpoint
     from ..model.load import DEMO_FOLDER
@@ -286,7 +288,8 @@ class Source:
         assert self.manifest is not None
         kept = _OF_BUNDLES - {"check"} | {"threads"}
         chosen: dict[str, Any] = {k: v for k, v in self.options.items() if k in kept}
-        backend = OrtBackend(self.manifest, progress=progress, **chosen)
+        speculate = self.options.get("speculate") is not None
+        backend = OrtBackend(self.manifest, speculate=speculate, progress=progress, **chosen)
         return backend, f"ort-{backend.provider}/{backend.target}", {"load_s": backend.load_s}
 
     def _load_checkpoint(
@@ -304,7 +307,6 @@ class Source:
 
             assert checkpoint is not None
             checkpoint = quantized_copy(checkpoint, parse_recipe(recipe), progress=progress)
-        speculate = self.options.get("speculate")
         kind = self.options.get("backend", "compile")
         device = self.options.get("device", "cpu")
         loaded = load_backend(
@@ -316,7 +318,7 @@ class Source:
             batch_size=shape.batch_size,
             max_seq_len=shape.max_seq_len,
             prefill_len=self.options.get("prefill_len"),
-            num_guesses=0 if speculate is None else parse_speculate(speculate),
+            num_guesses=parse_speculate(self.options.get("speculate")),
             threads=self.options.get("threads"),
             tensor_parallel=self.options.get("tensor_parallel", 1),
             all_logits=all_logits,

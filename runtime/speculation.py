@@ -15,7 +15,7 @@ from .backend import Backend
 from .prefix import Slot
 from .typed_json import shown
 
-__all__ = ["SPECULATE", "look_up", "parse_speculate", "take_several"]
+__all__ = ["SPECULATE", "check_exported", "look_up", "parse_speculate", "take_several"]
 
 SPECULATE = "lookup, or lookup:K for K guesses a step, at most 15"
 
@@ -23,11 +23,11 @@ _DEFAULT_GUESSES, _MAX_GUESSES = 4, 15
 _LONGEST_MATCH, _SHORTEST_MATCH = 4, 2  # newest ids that must have stood there
 
 
-def parse_speculate(text: str) -> int:
+def parse_speculate(text: str | None) -> int:
     """Reads what the command line asks for.
 
     Args:
-        text: Such as "lookup" or "lookup:8".
+        text: Such as "lookup" or "lookup:8"; None is no speculation.
 
     Returns:
         How many ids a step guesses.
@@ -35,10 +35,34 @@ def parse_speculate(text: str) -> int:
     Raises:
         ValueError: It is none.
     """
+    if text is None:
+        return 0
     match = re.fullmatch(r"lookup(?::([1-9]|1[0-5]))?", text) if type(text) is str else None
     if match is None:
         raise ValueError(f"speculate is {shown(text)}; it must be {SPECULATE}")
     return int(match[1] or _DEFAULT_GUESSES)
+
+
+def check_exported(text: str, num_guesses: int) -> None:
+    """Checks that a bundle has the step that is asked for; "lookup" is as many guesses as it has.
+
+    Args:
+        text: As for parse_speculate.
+        num_guesses: Of the bundle's shape.
+
+    Raises:
+        ValueError: It has none, or one of another number of guesses.
+    """
+    wanted = parse_speculate(text)
+    if not num_guesses:
+        raise ValueError(
+            f"the bundle has no step of several tokens; export again with --speculate {text}"
+        )
+    if ":" in text and wanted != num_guesses:
+        raise ValueError(
+            f"speculate is {text}, the bundle was exported with lookup:{num_guesses}; say lookup, "
+            f"or export again with --speculate {text}"
+        )
 
 
 def look_up(ids: Sequence[int], num_guesses: int) -> list[int]:

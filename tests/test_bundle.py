@@ -372,11 +372,11 @@ FORGERIES: dict[str, tuple[Callable[[Manifest], dict], str]] = {
         "the graphs of cpu do not match the shape",
     ),
     "a graph of no rows": (
-        lambda m: {"graphs": (*m.graphs, replace(m.decode_graphs("cpu")[0], attended_rows=0))},
+        lambda m: {"graphs": (*m.graphs, replace(m.find_graph("decode", "cpu"), attended_rows=0))},
         "the graphs of cpu do not match the shape",
     ),
     "two graphs of as many rows": (
-        lambda m: {"graphs": (*m.graphs, m.decode_graphs("cpu")[0])},
+        lambda m: {"graphs": (*m.graphs, m.find_graph("decode", "cpu"))},
         "the graphs of cpu do not match the shape",
     ),
     "no graph of all rows": (

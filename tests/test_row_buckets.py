@@ -14,16 +14,18 @@ from references import assert_close, decode_slot, one_forward, prefill_chunks, r
 from llamac.export import export_bundle
 from llamac.export.verify import verify_bundle
 from llamac.model.checkpoint import open_checkpoint
+from llamac.model.checkpoint.random_weights import write_random_checkpoint
+from llamac.model.config import LlamaConfig
 from llamac.runtime.backend import StepInputs
 from llamac.runtime.bundle.inspect import print_bundle
-from llamac.runtime.bundle.manifest import Manifest
+from llamac.runtime.bundle.manifest import GraphFile, Manifest
 from llamac.runtime.bundle.memory_needs import memory_needs
 from llamac.runtime.ort.bound_graph import BoundGraph
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import SamplingParams
 from llamac.runtime.scheduler import generate
-from variants import our_model, reference_model
+from variants import VARIANTS, our_model, reference_model
 
 B, P, S = 3, 8, 28
 BUCKETS = (8, 16)
@@ -31,9 +33,11 @@ NUM_POSITIONS = 3 * S
 
 
 def export(folder: Path, **options) -> Manifest:
-    sizes = {"batch_size": B, "prefill_len": P, "max_seq_len": S, "row_buckets": BUCKETS}
+    sizes = {"batch_size": B, "prefill_len": P, "max_seq_len": S}
     checkpoint = open_checkpoint(folder / "checkpoint")
-    return export_bundle(checkpoint, folder / "bundle", **{**sizes, **options})
+    return export_bundle(
+        checkpoint, folder / "bundle", targets=("tensorrt",), **{**sizes, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """float32, heads of 8."""
     folder = tmp_path_factory.mktemp("buckets")
     reference_model("llama-3.1").save_pretrained(folder / "checkpoint")
-    return export(folder, targets=("cpu", "tensorrt"))
+    return export(folder, row_buckets=(16, 99, S, 8, 8))
+
+
+def decode_graphs(bundle: Manifest) -> list[GraphFile]:
+    return [g for g in bundle.graphs if g.role == "decode"]
 
 
 class Noted:
@@ -49,6 +57,7 @@ class Noted:
 
     def __init__(self, graph: BoundGraph, ran: list[int]) -> None:
         self.graph, self.ran, self.attended_rows = graph, ran, graph.attended_rows
+        self.tokens = graph.tokens
 
     def run(self, inputs: StepInputs):
         self.ran.append(self.attended_rows)
@@ -68,24 +77,23 @@ def without_buckets(bundle: Manifest) -> Manifest:
 
 
 def test_there_is_a_graph_for_each_number_of_rows_below_the_cache(bundle: Manifest, capsys):
-    assert [g.attended_rows for g in bundle.decode_graphs("tensorrt")] == [*BUCKETS, S]
-    assert [g.file for g in bundle.decode_graphs("tensorrt")] == [
+    assert [g.attended_rows for g in decode_graphs(bundle)] == [*BUCKETS, S]
+    assert [g.file for g in decode_graphs(bundle)] == [
         "tensorrt-decode-8.onnx",
         "tensorrt-decode-16.onnx",
         "tensorrt-decode.onnx",
     ]
-    # GroupQueryAttention's cost follows the live rows by itself.
-    assert [g.file for g in bundle.decode_graphs("cpu")] == ["cpu-decode.onnx"]
     assert bundle.find_graph("decode", "tensorrt").file == "tensorrt-decode.onnx"
     assert bundle.row_buckets == BUCKETS
     print_bundle(bundle)
     assert "    decode 3 x 1 on 16 rows: " in capsys.readouterr().out
 
 
-def test_other_row_buckets(bundle: Manifest, tmp_path: Path):
-    (tmp_path / "checkpoint").symlink_to(bundle.folder.parent / "checkpoint")
-    found = export(tmp_path, targets=("tensorrt",), row_buckets=(S, 20, 20, 99))
-    assert [g.attended_rows for g in found.decode_graphs("tensorrt")] == [20, S]
+def test_row_buckets_that_are_not_asked_for_are_far_below_the_cache(tmp_path: Path):
+    config = LlamaConfig.from_dict({**VARIANTS["llama-3.1"], "num_hidden_layers": 1})
+    write_random_checkpoint(None, tmp_path / "checkpoint", config=config)
+    found = export(tmp_path, row_buckets=None, max_seq_len=1024)
+    assert [g.attended_rows for g in decode_graphs(found)] == [256, 1024]
     with pytest.raises(ValueError, match=r"row_buckets are \[8, 0\]; each must be at least 1"):
         export(tmp_path, row_buckets=(8, 0))
 
@@ -95,6 +103,7 @@ def test_every_position_equals_one_forward_on_the_fewest_rows(bundle: Manifest):
     ids = random_ids(S + 12, seed=3)
     expected = one_forward(our_model("llama-3.1", num_positions=NUM_POSITIONS), ids, window=S)
     backend, ran = open_noted(bundle)
+    assert backend._decode.first_positions == [0, 8, 16]  # what a GPU is warmed up with
     for position, token_id in enumerate(ids):
         assert_close(decode_slot(backend, 1, token_id, position), expected[position])
     assert ran == [8] * 8 + [16] * 8 + [S] * (S - 16 + 12)

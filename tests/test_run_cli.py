@@ -400,7 +400,7 @@ def test_ctrl_c_while_loading(bundle: Path, monkeypatch: pytest.MonkeyPatch, cap
     def press(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("llamac.runtime.ort.ort_backend.open_session", press)
+    monkeypatch.setattr("llamac.runtime.ort.graph_opener.open_session", press)
     # A shell starts what it runs in the background without Ctrl-C.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -65,14 +65,15 @@ class GraphFile:
     """One ONNX graph; see llamac.export.graphs for its inputs and outputs.
 
     Attributes:
-        role: "prefill" (batch 1, a chunk) or "decode" (every slot, one token).
+        role: "prefill" (batch 1, a chunk), "decode" (every slot, one token) or "extend" (every
+            slot, the newest token and the guesses behind it).
         target: "tensorrt", "cuda" or "cpu".
         file: Its name in the bundle.
         batch: B.
         tokens: T.
         rows: S.
-        attended_rows: R, rows from the first on that attention looks at; less than S in decode
-            graphs for steps whose tokens all lie in them.
+        attended_rows: R, rows from the first on that attention looks at; less than S in some
+            graphs, for steps whose tokens all lie in them.
         logits: N, tokens of a row that get logits.
         dtype: Of what is computed, and of the cache inputs and outputs.
         ops: How many of each operator.
@@ -91,6 +92,11 @@ class GraphFile:
     dtype: str
     ops: dict[str, int]
     accuracy_level: int | None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it runs every slot, always in the same memory."""
+        return self.role != "prefill"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +176,7 @@ class Manifest:
         """Looks a graph up.
 
         Args:
-            role: "prefill" or "decode".
+            role: "prefill", "decode" or "extend".
             target: One of targets.
             tokens: T; None takes the longest.
 
@@ -188,11 +194,6 @@ class Manifest:
                 f"{', '.join(self.targets)}; export again with --target {target}"
             )
         return max(found, key=lambda g: (g.tokens, g.attended_rows))
-
-    def decode_graphs(self, target: str) -> tuple[GraphFile, ...]:
-        """The decode graphs of one of targets, from the fewest rows attended to to all."""
-        found = [g for g in self.graphs if (g.role, g.target) == ("decode", target)]
-        return tuple(sorted(found, key=lambda g: g.attended_rows))
 
     def to_json(self) -> str:
         """The text of bundle.json; the digest is computed, not taken."""

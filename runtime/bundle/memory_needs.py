@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .manifest import ITEM_BYTES, WEIGHT_BYTES, Manifest, StoredWeight
+from .manifest import ITEM_BYTES, WEIGHT_BYTES, GraphFile, Manifest, StoredWeight
 
 __all__ = ["MemoryNeeds", "memory_needs"]
 
@@ -39,17 +40,21 @@ class MemoryNeeds:
     device_bytes: int
 
 
-def memory_needs(manifest: Manifest, target: str) -> MemoryNeeds:
+def memory_needs(
+    manifest: Manifest, target: str, graphs: Sequence[GraphFile] | None = None
+) -> MemoryNeeds:
     """Sums up what a target's graphs take.
 
     Args:
         manifest: The bundle.
         target: One of its targets.
+        graphs: Those of the target that are opened; None is all.
 
     Returns:
         The bytes.
     """
-    graphs = [graph for graph in manifest.graphs if graph.target == target]
+    if graphs is None:
+        graphs = [graph for graph in manifest.graphs if graph.target == target]
     dtype, model = graphs[0].dtype, manifest.model
     stored = _read_weights(manifest, target, dtype)
     sizes = {name: math.prod(w.shape) * WEIGHT_BYTES[w.dtype] for name, w in stored.items()}

@@ -158,15 +158,17 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
         raise ValueError(f"{where}: a size of the model is not positive; export again")
     shape = manifest.shape
     num_rows = shape.max_seq_len
-    decode = ("decode", shape.batch_size, 1)
+    steps = {("decode", shape.batch_size, 1)}
+    if shape.num_guesses:
+        steps.add(("extend", shape.batch_size, 1 + shape.num_guesses))
     wanted = {("prefill", 1, tokens, num_rows) for tokens in shape.prefill_lens}
-    wanted.add((*decode, num_rows))
+    wanted |= {(*step, num_rows) for step in steps}
     for target in manifest.targets:
         graphs = [graph for graph in manifest.graphs if graph.target == target]
         found = {(graph.role, graph.batch, graph.tokens, graph.attended_rows) for graph in graphs}
-        allowed = wanted | {(*decode, rows) for *_, rows in found if 1 <= rows < num_rows}
+        fewer = {graph for graph in found if graph[:3] in steps and 1 <= graph[3] < num_rows}
         rows = {graph.rows for graph in graphs}
-        if not wanted <= found <= allowed or len(graphs) != len(found) or rows != {num_rows}:
+        if found - fewer != wanted or len(graphs) != len(found) or rows != {num_rows}:
             raise ValueError(
                 f"{where}: the graphs of {target} do not match the shape; export again"
             )

@@ -21,6 +21,7 @@ from ..language_model import RequestOptions, make_request
 from ..load import SAMPLING_KEYS, LoadOptions, Source, open_source
 from ..memory import format_bytes
 from ..session import read_session
+from ..speculation import parse_speculate
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_files import load_tokenizer
@@ -98,13 +99,7 @@ def run(words: Sequence[str]) -> int:
         problem = f"{error.name} is not installed; pip install 'llamac[{extra}]'"
     except MemoryError:
         problem = "not enough memory; ask for less, or close other programs"
-    except (
-        ValueError,
-        OSError,
-        OverflowError,
-        RecursionError,
-        BackendUnavailableError,
-    ) as error:
+    except (ValueError, OSError, OverflowError, RecursionError, BackendUnavailableError) as error:
         if args.verbose:
             traceback.print_exc()
         problem = str(error) or type(error).__name__
@@ -255,6 +250,7 @@ def _export(args: argparse.Namespace) -> int:
     from ...export import export_bundle
     from ...model.checkpoint import open_checkpoint
 
+    num_guesses = parse_speculate(args.speculate)  # refused before long work
     with status() as progress:
         checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
         if args.quantize is not None:
@@ -271,6 +267,7 @@ def _export(args: argparse.Namespace) -> int:
             max_seq_len=args.max_seq_len,
             dtype=args.dtype,
             accuracy_level=args.accuracy_level,
+            num_guesses=num_guesses,
             progress=progress,
         )
     print_bundle(manifest)

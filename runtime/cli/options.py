@@ -211,6 +211,12 @@ def _add_bundle_commands(add: Callable[[str, str, str], argparse.ArgumentParser]
         help="of products with 4 and 8 bit weights on cpu and cuda: 4 rounds to int8 what is "
         "multiplied with them, 0 doesn't (default: 4)",
     )
+    export.add_argument(
+        "--speculate",
+        metavar="lookup[:K]",
+        help="also graphs that check K guesses (default: 4) in a step, for --speculate of run, "
+        "serve, chat",
+    )
     _add_shape_options(export)
 
     inspect = add("inspect", "what a bundle holds and needs", "llamac inspect ./bundle")
@@ -253,12 +259,6 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
         choices=("int8",),
         help="of the cache: half of bfloat16's memory, and nearly its texts (default: as --dtype)",
     )
-    group.add_argument(
-        "--speculate",
-        metavar="lookup[:K]",
-        help="guess K ids (default: 4) from the text so far and check them in one step: the same "
-        "tokens, sooner where text repeats",
-    )
     group.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
     group.add_argument("--quantize", metavar="RECIPE", help=f"{_RECIPE_HELP} (default: as it is)")
     group.add_argument(
@@ -297,6 +297,12 @@ def _add_ort_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="CPU threads (default: one per core; of serve one less, shared out)",
+    )
+    parser.add_argument(
+        "--speculate",
+        metavar="lookup[:K]",
+        help="guess K ids (default: 4, of a bundle as it was exported) from the text so far and "
+        "check them in one step: the same tokens, sooner where text repeats",
     )
     group = parser.add_argument_group("of bundles")
     providers = tuple(PROVIDERS)

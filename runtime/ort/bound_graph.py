@@ -30,6 +30,7 @@ class BoundGraph:
 
     Attributes:
         attended_rows: R; no token may lie behind these rows.
+        tokens: T.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class BoundGraph:
         cache: CacheBuffers,
     ) -> None:
         self._session = session
-        self.attended_rows = graph.attended_rows
+        self.attended_rows, self.tokens = graph.attended_rows, graph.tokens
         self._name = graph.file
         device_id = cache.device_id
         self._place = ("cpu", 0) if device_id is None else ("cuda", device_id)
@@ -109,8 +110,9 @@ class GraphsByRows:
 
     @property
     def first_positions(self) -> list[int]:
-        """For each graph the first position of a token that it is chosen for."""
-        return [0, *(graph.attended_rows for graph in self._graphs[:-1])]
+        """For each graph the first position that it is chosen for."""
+        starts = [0, *(graph.attended_rows - graph.tokens + 1 for graph in self._graphs)]
+        return starts[: len(self._graphs)]
 
     def run(self, inputs: StepInputs) -> NDArray[np.float32]:
         """See BoundGraph; past the cache all rows are attended to."""

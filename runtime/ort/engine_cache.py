@@ -66,14 +66,14 @@ class Engines:
         same, unless NVIDIA_TF32_OVERRIDE=0 is in the environment: there is no option for it.
 
         Args:
-            graph: Decode steps are captured as one CUDA graph; prefill's slot address varies.
+            graph: Steps of all slots are captured as one CUDA graph; prefill's slot address varies.
 
         Returns:
             Option names to values.
         """
         options = {
             "device_id": str(self.device_id),
-            "trt_cuda_graph_enable": str(graph.role == "decode"),
+            "trt_cuda_graph_enable": str(graph.is_step),
         }
         if self.built:
             return options

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,14 @@ from ..bundle.manifest import ITEM_BYTES, GraphFile, Manifest
 from ..bundle.memory_needs import memory_needs
 from ..bundle.opening import open_bundle
 from ..memory import available_bytes, format_bytes
-from .bound_graph import BoundGraph, GraphsByRows
+from ..speculation import check_exported
+from .bound_graph import GraphsByRows
 from .buffers import CacheBuffers
-from .engine_cache import Engines, kept_engines
+from .engine_cache import kept_engines
 from .gpu_libraries import free_bytes, num_gpus
+from .graph_opener import GraphOpener
 from .mapped_weights import map_weights
-from .providers import PROVIDERS, SessionOptions, open_session, provider_problem
+from .providers import PROVIDERS, provider_problem
 
 __all__ = ["OrtBackend", "check_choice"]
 
@@ -48,9 +49,10 @@ class OrtBackend:
         threads: Of the CPU provider; None takes one per physical core.
         device_id: Which GPU; of the CPU provider 0.
         engine_cache: Where TensorRT's engines are kept; None is the user's cache folder.
-        prepack: Whether decode on the CPU gets its own copy of the weights in the layout its
+        prepack: Whether each step on the CPU gets its own copy of the weights in the layout its
             kernels like best: more tokens per second, most of all with a batch, for a slow start
-            and twice the memory.
+            and twice the memory, with `speculate` three times.
+        speculate: Whether the step of several tokens is opened, too.
         progress: Told in a few words what is being loaded or built.
 
     Attributes:
@@ -75,6 +77,7 @@ class OrtBackend:
         device_id: int = 0,
         engine_cache: Path | None = None,
         prepack: bool = False,
+        speculate: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         begin = time.perf_counter()
@@ -87,29 +90,34 @@ class OrtBackend:
         self.target = check_choice(manifest, provider, target)
         on_gpu = provider != "cpu"
         _check_device(device_id, num_gpus() if on_gpu else 1)
-        self.shape: StaticShape = manifest.shape
-        model, shape = manifest.model, manifest.shape
-        prefill = [manifest.find_graph("prefill", self.target, p) for p in shape.prefill_lens]
-        decode = manifest.decode_graphs(self.target)
-        decode = decode[
-            _num_left_out(manifest, self.target, prepack, device_id if on_gpu else None) :
-        ]
+        if speculate:
+            check_exported("lookup", manifest.shape.num_guesses)
+        shape = manifest.shape if speculate else replace(manifest.shape, num_guesses=0)
+        self.shape: StaticShape = shape
+        graphs = _choose_graphs(
+            manifest,
+            self.target,
+            speculate=speculate,
+            prepack=prepack,
+            device_id=device_id if on_gpu else None,
+        )
+        model, decode = manifest.model, manifest.find_graph("decode", self.target)
         self._cache = CacheBuffers(
             (shape.batch_size, model.num_key_value_heads, shape.max_seq_len, model.head_dim),
             model.num_hidden_layers,
-            decode[-1].dtype,
+            decode.dtype,
             device_id=device_id if on_gpu else None,
         )
         # On a GPU every session uploads its own copy.
-        self._weights = {} if on_gpu else map_weights(manifest, decode[-1].dtype)
+        self._weights = {} if on_gpu else map_weights(manifest, decode.dtype)
         report = progress or (lambda _: None)
         kept = (
-            kept_engines(manifest, [g.file for g in (*prefill, *decode)], engine_cache, device_id)
+            kept_engines(manifest, [g.file for g in graphs], engine_cache, device_id)
             if provider == "tensorrt"
             else contextlib.nullcontext()
         )
         with kept as engines:
-            opener = _Opener(
+            opener = GraphOpener(
                 manifest=manifest,
                 provider=provider,
                 threads=threads,
@@ -119,10 +127,14 @@ class OrtBackend:
                 weights=self._weights,
                 report=report,
             )
-            self._prefill = {graph.tokens: opener.open(graph, self._cache) for graph in prefill}
-            self._decode = GraphsByRows([opener.open(graph, self._cache) for graph in decode])
+            opened = [(graph, opener.open(graph, self._cache)) for graph in graphs]
+        self._prefill = {graph.tokens: bound for graph, bound in opened if not graph.is_step}
+        self._decode, self._extend = (
+            GraphsByRows([bound for graph, bound in opened if graph.role == role])
+            for role in ("decode", "extend")
+        )
         # TensorScatter can write any row; GroupQueryAttention appends at its own length.
-        self._appends = "GroupQueryAttention" in decode[-1].ops
+        self._appends = "GroupQueryAttention" in decode.ops
         self._last_rolled = [-1] * shape.batch_size
         if on_gpu:
             self._warm_up(report)
@@ -142,8 +154,10 @@ class OrtBackend:
         return self._decode.run(inputs)[:, 0]
 
     def extend(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Refused, as a bundle has no such graph; see Backend."""
-        raise ValueError("a bundle has no step of several tokens; speculation is for checkpoints")
+        """A few tokens of every slot; see Backend."""
+        inputs = self.shape.extend_inputs(ids, positions)
+        self._last_rolled = [-1] * self.shape.batch_size
+        return self._extend.run(inputs)
 
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
@@ -186,6 +200,9 @@ class OrtBackend:
                 self.prefill(0, [0] * length, 0)
             for position in self._decode.first_positions:
                 self.decode(ids, np.full_like(ids, position))
+            tokens = np.zeros((len(ids), 1 + self.shape.num_guesses), np.int64)
+            for position in self._extend.first_positions:
+                self.extend(tokens, np.full_like(ids, position))
 
 
 def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
@@ -226,89 +243,36 @@ def check_choice(manifest: Manifest, provider: str, target: str | None) -> str:
     return chosen
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Opener:
-    """Opens graphs with one set of options and binds them to a cache."""
-
-    manifest: Manifest
-    provider: str
-    threads: int | None
-    device_id: int
-    engines: Engines | None
-    prepack: bool
-    weights: Mapping[str, Any]
-    report: Callable[[str], None]
-
-    def open(self, graph: GraphFile, cache: CacheBuffers) -> BoundGraph:
-        building = self.engines is not None and not self.engines.built
-        self.report(
-            f"building the TensorRT engine of {graph.role} (minutes, kept for the next start)"
-            if building
-            else f"loading {graph.role}"
-        )
-        options = SessionOptions(
-            provider=self.provider,
-            threads=self.threads,
-            # Products with packed weights are a hundred times slower without.
-            prepack=graph.accuracy_level is not None or (self.prepack and graph.role == "decode"),
-            provider_options=self._provider_options(graph),
-            initializers=self.weights,
-        )
-        return BoundGraph(
-            self._open_session(graph, options),
-            graph,
-            vocab_size=self.manifest.shape.vocab_size,
-            cache=cache,
-        )
-
-    def _open_session(self, graph: GraphFile, options: SessionOptions) -> Any:
-        if self.engines is None:
-            return open_session(self.manifest.folder / graph.file, options)
-        try:
-            return open_session(self.engines.model_path(self.manifest, graph), options)
-        except BackendUnavailableError as error:
-            if not self.engines.built:
-                raise
-            raise BackendUnavailableError(
-                f"the engine kept for {graph.file} can't be used; delete {self.engines.folder}, "
-                f"the next start builds it again: {error}"
-            ) from None
-
-    def _provider_options(self, graph: GraphFile) -> dict[str, str]:
-        if self.engines is not None:
-            return self.engines.provider_options(graph)
-        if self.provider == "cuda":
-            return {
-                "device_id": str(self.device_id),
-                "use_tf32": "0",
-                "enable_cuda_graph": str(int(graph.role == "decode")),
-            }
-        return {}
-
-
 def _check_device(device_id: int, num_devices: int) -> None:
     if type(device_id) is not int or not 0 <= device_id < num_devices:
         allowed = "only 0" if num_devices == 1 else f"0 to {num_devices - 1}"
         raise ValueError(f"device_id is {device_id!r}; there is {allowed}")
 
 
-def _num_left_out(manifest: Manifest, target: str, prepack: bool, device_id: int | None) -> int:
-    """How many decode graphs aren't opened, all but the last where each needs its own weights.
+def _choose_graphs(
+    manifest: Manifest, target: str, *, speculate: bool, prepack: bool, device_id: int | None
+) -> list[GraphFile]:
+    """Which graphs are opened: those that attend to fewer rows where each needs no more weights.
 
-    On a GPU each does, and they are opened if there is room. On a CPU they share a mapped file, but
-    for weights that are converted, or laid out anew, as they are read.
+    On a CPU sessions share a mapped file, unless weights are converted or laid out anew as they are
+    read. On a GPU each session has its own copy, so that there has to be room.
 
     Raises:
         BackendUnavailableError: There is too little memory.
     """
-    needs, graphs = memory_needs(manifest, target), manifest.decode_graphs(target)
-    num_more = len(graphs) - 1
+    graphs = [
+        g for g in manifest.graphs if g.target == target and (speculate or g.role != "extend")
+    ]
+    whole = [g for g in graphs if g.attended_rows == g.rows]
+    needs, decode = memory_needs(manifest, target, whole), manifest.find_graph("decode", target)
     if device_id is None:
-        copies, free, where = 1 + prepack, available_bytes(), "memory"
-        shared = not prepack and graphs[-1].dtype == "float32" and graphs[-1].accuracy_level is None
+        copies, free, where = 1, available_bytes(), "memory"
+        if prepack:
+            copies += sum(graph.is_step for graph in whole)
+        fits = not prepack and decode.dtype == "float32" and decode.accuracy_level is None
     else:
-        copies, free, where = needs.weight_copies - num_more, free_bytes(device_id), "GPU memory"
-        shared = needs.weight_copies * needs.weight_bytes + needs.cache_bytes <= free
+        copies, free, where = len(whole), free_bytes(device_id), "GPU memory"
+        fits = len(graphs) * needs.weight_bytes + needs.cache_bytes <= free
     weights, cache = copies * needs.weight_bytes + needs.prepacked_bytes, needs.cache_bytes
     if weights + cache > free:
         raise BackendUnavailableError(
@@ -316,4 +280,4 @@ def _num_left_out(manifest: Manifest, target: str, prepack: bool, device_id: int
             f"{format_bytes(free)} of free {where}; export with a smaller --max-seq-len or "
             "--batch-size"
         )
-    return 0 if shared else num_more
+    return graphs if fits else whole
