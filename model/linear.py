@@ -34,6 +34,14 @@ STORAGE_DTYPES = frozenset(
 )
 
 
+_library = torch.library.Library("llamac", "FRAGMENT")
+for _name in ("multiply_in_float32", "multiply_one"):
+    # Not a custom_op, whose first call imports Dynamo.
+    _library.define(
+        f"{_name}(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+
+
 def compiled_on_cpu(x: Tensor) -> bool:
     """Whether this is a compiled step on a CPU, which can call operators in C++."""
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
@@ -132,9 +140,8 @@ class Linear(OverRanks):
         return F.linear(x, self.weight, self.own_bias)
 
 
-@torch.library.custom_op("llamac::multiply_in_float32", mutates_args=(), device_types="cpu")
 def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies as Linear does, a block of the weight at a time converted to float32.
+    """Multiplies as Linear does, on a CPU, a block of the weight at a time converted to float32.
 
     Args:
         x: [M, K], 16-bit.
@@ -143,22 +150,9 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [M, N] in x's dtype.
     """
-    num_rows, width = weight.shape
-    columns = x.float().t()  # [K, M]
-    out = columns.new_empty(num_rows, x.shape[0])
-    block_rows = min(num_rows, max(1, _BLOCK_ELEMENTS // width))
-    buffer = columns.new_empty(block_rows, width)
-    for part, rows in zip(weight.split(block_rows), out.split(block_rows), strict=True):
-        torch.mm(buffer[: len(part)].copy_(part), columns, out=rows)
-    return out.t().to(x.dtype, memory_format=torch.contiguous_format)
+    return torch.ops.llamac.multiply_in_float32(x, weight)
 
 
-@multiply_in_float32.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("llamac::multiply_one", mutates_args=(), device_types="cuda")
 def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
     """Multiplies as Linear does, one row, on a GPU.
 
@@ -169,11 +163,31 @@ def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [1, N] in x's dtype.
     """
+    return torch.ops.llamac.multiply_one(x, weight)
+
+
+def _multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    num_rows, width = weight.shape
+    columns = x.float().t()  # [K, M]
+    out = columns.new_empty(num_rows, x.shape[0])
+    block_rows = min(num_rows, max(1, _BLOCK_ELEMENTS // width))
+    buffer = columns.new_empty(block_rows, width)
+    for part, rows in zip(weight.split(block_rows), out.split(block_rows), strict=True):
+        torch.mm(buffer[: len(part)].copy_(part), columns, out=rows)
+    return out.t().to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _multiply_one(x: Tensor, weight: Tensor) -> Tensor:
     from .kernels.gpu import multiply_one_on_gpu
 
     return multiply_one_on_gpu(x, weight)
 
 
-@multiply_one.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_library.impl("multiply_in_float32", _multiply_in_float32, "CPU")
+_library.impl("multiply_one", _multiply_one, "CUDA")
+for _name in ("multiply_in_float32", "multiply_one"):
+    torch.library.register_fake(f"llamac::{_name}", _fake, lib=_library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -187,17 +188,21 @@ def _open_torch(setup: Setup, *, compile: bool) -> Runner:
 
 def _compiled_counts(backend: Any, setup: Setup) -> Callable[[int], dict[str, object]]:
     """What a compiled backend does after its warm-up, which is over."""
-    from torch._dynamo.utils import counters
-
-    traced = counters["stats"]["unique_graphs"]
+    traced = _num_traced()
 
     def count(num_calls: int) -> dict[str, object]:
-        counts: dict[str, object] = {"recompiles": counters["stats"]["unique_graphs"] - traced}
+        counts: dict[str, object] = {"recompiles": _num_traced() - traced}
         if setup.device == "cuda":
             counts |= {"steps": num_calls, "graph_replays": backend.num_replays}
         return counts
 
     return count
+
+
+def _num_traced() -> int:
+    """Graphs that Dynamo made in this process, which may do without importing it."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
 
 
 def _load_tokenizer(folder: Path) -> tuple[Tokenizer | None, dict[str, float]]:

@@ -63,4 +63,4 @@ def test_weights_are_converted_in_blocks(num_out: int, monkeypatch: pytest.Monke
 def test_the_operator_is_well_formed():
     x = torch.randn(9, 16).bfloat16()
     weight = torch.randn(5, 16).bfloat16()
-    torch.library.opcheck(multiply_in_float32, (x, weight))
+    torch.library.opcheck(torch.ops.llamac.multiply_in_float32, (x, weight))

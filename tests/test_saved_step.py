@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llamac.model import KVCache, LlamaConfig
 from llamac.model.compiled import step_key as step_keys
@@ -22,8 +22,7 @@ from llamac.model.linear import Linear
 from llamac.model.llama import Llama
 
 _START = """
-import json, torch
-from torch._dynamo.utils import counters
+import json, sys, torch
 from llamac.model import *
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
@@ -33,26 +32,29 @@ for weight in model.parameters():
     torch.nn.init.normal_(weight)
 backend = TorchBackend(model, max_seq_len=32, prefill_lens=(8,))
 logits = backend.prefill(0, [1, 2, 3], 0).tolist()
-traced = counters["stats"]["unique_graphs"]
-print(json.dumps([backend.startup.cache_hit, traced, logits]))
+compiler = ("torch._dynamo", "torch._inductor", "sympy")
+imported = any(name.startswith(compiler) for name in sys.modules)
+print(json.dumps([backend.startup.cache_hit, imported, logits]))
 """
+
+
+def start(home: Path, before: str = "") -> tuple[bool, bool, list[float]]:
+    """Whether the steps came from disk, whether torch's compiler was imported, and the logits."""
+    done = subprocess.run(
+        [sys.executable, "-c", before + _START],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
-    def start() -> tuple[bool, int, list[float]]:
-        done = subprocess.run(
-            [sys.executable, "-c", _START],
-            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
-
-    hit, _, logits = start()
-    assert not hit
-    assert start() == [True, 0, logits]
+    hit, imported, logits = start(tmp_path)
+    assert (hit, imported) == (False, True)
+    assert start(tmp_path) == [True, False, logits]  # and torch's compiler isn't even imported
     decode, prefill = sorted((tmp_path / ".cache/llamac/inductor").glob("*.step"))
     assert (decode.name.split("-")[0], prefill.name.split("-")[0]) == ("decode", "prefill_8")
     assert decode.parent.stat().st_mode & 0o777 == 0o700
@@ -61,12 +63,38 @@ def test_the_second_start_loads_from_the_disk_cache(tmp_path: Path):
     # A cut file, and a whole one whose kernels are gone or cut: compiled again, then found.
     decode.write_bytes(decode.read_bytes()[:1000])
     header = prefill.read_bytes()[32:].partition(b"\n")[0]
-    gone, *cut = (prefill.parent / path for path in json.loads(header))
+    gone, *cut = (prefill.parent / path for path in json.loads(header)["kernels"])
     gone.unlink()
     for kernel in cut:
         kernel.write_bytes(kernel.read_bytes()[:1000])
-    assert start() == [False, 2, logits]
-    assert start() == [True, 0, logits]
+    assert start(tmp_path) == [False, True, logits]
+    assert start(tmp_path) == [True, False, logits]
+
+
+_UNKNOWN = """
+from llamac.model.compiled import frozen_step
+def cut_down(source):
+    raise frozen_step.UnknownCodeError("line 1 has news")
+frozen_step.cut_down = cut_down
+"""
+_WRONG = """
+from llamac.model.compiled import frozen_step
+right = frozen_step.cut_down
+def cut_down(source):
+    code, kernels = right(source)
+    return code + "; inner = call; call = lambda args: (inner(args)[0] + 1,)", kernels
+frozen_step.cut_down = cut_down
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch_of_another_day", [_UNKNOWN, _WRONG])
+def test_code_that_is_not_known_or_not_right_is_loaded_by_torch(
+    tmp_path: Path, torch_of_another_day: str
+):
+    first = start(tmp_path, torch_of_another_day)
+    assert first[:2] == [False, True]
+    assert start(tmp_path) == [True, True, first[2]]
 
 
 CONFIG = LlamaConfig(
@@ -181,9 +209,14 @@ def test_a_class_from_elsewhere_brings_its_own_file():
     assert Path(__file__) in step_keys._sources((changed(use_a_subclass),))
 
 
+def saved_step(path: Path, compiled: object = None) -> SavedStep:
+    cache = KVCache.allocate(CONFIG, 1, 16, dtype=torch.float32)
+    return SavedStep(lambda: compiled, path, nn.Identity(), nn.Identity(), cache)
+
+
 def test_a_damaged_file_is_a_miss_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = tmp_path / "decode-0.step"
-    step = SavedStep(lambda: lambda: None, path)
+    step = saved_step(path)
     assert not step.load()
     assert not caplog.records
     path.write_bytes(b"x" * 100)
@@ -197,9 +230,9 @@ def test_a_whole_file_that_torch_cannot_load_is_a_miss_with_a_warning(
 ):
     """It used to be passed over without a word."""
     path = tmp_path / "decode-0.step"
-    payload = b"{}\nnot what torch saves"
+    payload = b'{"is_frozen": false, "kernels": {}}\nnot what torch saves'
     path.write_bytes(hashlib.sha256(payload).digest() + payload)
-    assert not SavedStep(lambda: lambda: None, path).load()
+    assert not saved_step(path).load()
     assert "does not load" in caplog.text
 
 
@@ -212,13 +245,13 @@ class Compiled:
     def save_compiled_function(self, path: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def __call__(self, number: int) -> int:
-        return number + 1
+    def __call__(self, model: object, attention: object, cache: object, x: Tensor) -> Tensor:
+        return x + 1
 
 
 def test_a_step_that_cannot_be_saved_still_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    step = SavedStep(Compiled, tmp_path / "decode-0.step")
-    assert step(1) == 2
+    step = saved_step(tmp_path / "decode-0.step", Compiled())
+    assert step(torch.tensor(1)) == 2
     assert "No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
-    assert step(2) == 3
+    assert step(torch.tensor(2)) == 3

@@ -9,18 +9,17 @@ import logging
 import os
 import shutil
 import sysconfig
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from ...runtime.backend import BackendUnavailableError
 from ...runtime.cache_folder import cache_folder
 from ..toolchain import compiler_name, compiler_version
 
-__all__ = ["cache_misses", "compiler", "compiler_problem"]
+__all__ = ["cache_misses", "compiler", "compiler_problem", "import_compiler"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,8 @@ def cache_misses() -> int:
 
 
 @contextlib.contextmanager
-def compiler(device: torch.device) -> Iterator[Path]:
-    """Makes torch's compiler ready, with its files in a folder of the user's.
-
-    Args:
-        device: What is compiled for.
+def compiler() -> Iterator[Path]:
+    """Prepares for torch's compiler, with its files in a folder of the user's; imports none of it.
 
     Yields:
         The folder: the one TORCHINDUCTOR_CACHE_DIR names, or else below the user's cache.
@@ -64,33 +60,33 @@ def compiler(device: torch.device) -> Iterator[Path]:
     Raises:
         BackendUnavailableError: The folder can't be written, the compiler or its disk fails.
     """
-    with _no_collection(), _failures_in_one_line():
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-        before = os.environ.get(_FOLDER_VARIABLE, default_cache_dir())  # the import may have set it
-        folder = Path(before)
-        if before == default_cache_dir():
-            folder = cache_folder("inductor")
-            os.environ[_FOLDER_VARIABLE] = str(folder)
-        if device.type == "cpu":
-            _probe_instructions()
+    with _no_collection(), _failures_in_one_line(), warnings.catch_warnings():
+        # float32 was asked for; that TF32 would be faster is no news.
+        warnings.filterwarnings("ignore", "TensorFloat32")
+        # Packed weights' scales are float16 in many files, whatever is computed in.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
+        given = os.environ.get(_FOLDER_VARIABLE)
+        folder = cache_folder("inductor") if given is None or _is_default(given) else Path(given)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[_FOLDER_VARIABLE] = str(folder)
         try:
-            with warnings.catch_warnings():
-                # float32 was asked for; that TF32 would be faster is no news.
-                warnings.filterwarnings("ignore", "TensorFloat32")
-                # Packed weights' scales are float16 in many files, whatever is computed in.
-                warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
-                yield folder
+            yield folder
         finally:
-            os.environ[_FOLDER_VARIABLE] = before
+            del os.environ[_FOLDER_VARIABLE]
+            if given is not None:
+                os.environ[_FOLDER_VARIABLE] = given
 
 
-def _probe_instructions() -> None:
-    """Lets Inductor try out the processor's vector instructions, while Dynamo is imported.
+def import_compiler() -> None:
+    """Imports Dynamo, and lets Inductor try out the processor's vector instructions meanwhile.
 
-    It waits for programs of its own, and must be through before anything is compiled: the probe
+    That waits for programs of its own, and must be through before anything is compiled: the probe
     changes the compiler flags that it shares with every kernel, so a second one at the same time
     leaves other flags behind, and kernels that no later process finds on disk.
+
+    Raises:
+        OSError: The probe's files can't be written.
+        RuntimeError: The C++ compiler fails.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -108,6 +104,12 @@ def _probe_instructions() -> None:
     probe.join()
     if failures:
         raise failures[0]
+
+
+def _is_default(folder: str) -> bool:
+    """Whether Inductor chose it, in this process or the one before, and not the user."""
+    path = Path(folder)
+    return path.parent == Path(tempfile.gettempdir()) and path.name.startswith("torchinductor_")
 
 
 @contextlib.contextmanager

@@ -28,8 +28,7 @@ __all__ = ["Startup", "TorchBackend"]
 
 _PREFILL, _DECODE, _EXTEND = "prefill_", "decode", "extend"  # how steps are named
 
-# Model, attention and cache, then the fields of StepInputs; gives [B, N, V] logits.
-_Step = Callable[..., Tensor]
+_Step = Callable[..., Tensor]  # from the fields of StepInputs to [B, N, V] logits
 
 # Inductor's default of 512 elements a thread splits the reduction of a matrix-vector product
 # between threads; rows are what should be split.
@@ -116,7 +115,9 @@ class TorchBackend:
             device=self._device,
         )
         self._steps: dict[str, BoundStep] = {}
-        self.startup = self._compile(progress) if compile else self._start(_eager_step, progress)
+        self.startup = (
+            self._compile(progress) if compile else self._start(self._eager_step, progress)
+        )
 
     @property
     def num_replays(self) -> int:
@@ -170,13 +171,13 @@ class TorchBackend:
 
     def _compile(self, progress: Callable[[str], None]) -> Startup:
         begin = time.perf_counter()
-        with compiler(self._device) as folder:
+        with compiler() as folder:
             ready_s = time.perf_counter() - begin
             if self._device.type == "cpu":
                 started = self._start(partial(self._saved_step, folder), progress)
                 return replace(started, compile_s=ready_s + started.compile_s)
             misses = cache_misses()
-            started = self._start(partial(_compiled_step, options={}), progress)
+            started = self._start(self._compiled_step, progress)
             hit = cache_misses() == misses
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()  # one for all
@@ -229,7 +230,7 @@ class TorchBackend:
 
         def run(*inputs: Tensor) -> Tensor:
             with torch.no_grad():
-                return step(self._model, self._attention, self.cache, *inputs)
+                return step(*inputs)
 
         return BoundStep(run, StepInputs.sizes(batch, tokens, logits), self._device)
 
@@ -245,10 +246,20 @@ class TorchBackend:
             options=_CPU_OPTIONS,
         )
         compiled = partial(_compiled_step, name, _CPU_OPTIONS)
-        return SavedStep(compiled, folder / f"{name}-{key}.step")
+        return SavedStep(compiled, folder / f"{name}-{key}.step", *self._constants)
+
+    def _compiled_step(self, name: str) -> _Step:
+        return partial(_compiled_step(name, {}), *self._constants)
+
+    def _eager_step(self, name: str) -> _Step:
+        return partial(_eager_step(name), *self._constants)
+
+    @property
+    def _constants(self) -> tuple[Llama, TorchAttention, KVCache]:
+        return self._model, self._attention, self.cache
 
 
-def _compiled_step(name: str, options: dict[str, Any]) -> _Step:
+def _compiled_step(name: str, options: dict[str, Any]) -> Callable[..., Tensor]:
     """One graph for fixed shapes; its decoder layer is compiled once, however many there are."""
     run_layer: Any = torch.compiler.nested_compile_region(call_layer)
     step = _eager_step(name, run_layer)
@@ -256,7 +267,7 @@ def _compiled_step(name: str, options: dict[str, Any]) -> _Step:
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
 
-def _eager_step(name: str, run_layer: Callable[..., Tensor] = call_layer) -> _Step:
+def _eager_step(name: str, run_layer: Callable[..., Tensor] = call_layer) -> Callable[..., Tensor]:
     def step(
         model: nn.Module,
         attention: nn.Module,

@@ -14,7 +14,15 @@ from ..tables import causal_mask
 __all__ = ["attend_live"]
 
 
-@torch.library.custom_op("llamac::attend_live", mutates_args=(), device_types="cpu")
+_library = torch.library.Library("llamac", "FRAGMENT")
+# Not a custom_op, whose first call imports Dynamo.
+_library.define(
+    "attend_live(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor slots, "
+    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
 def attend_live(
     q: Tensor,
     k_cache: Tensor,
@@ -43,6 +51,21 @@ def attend_live(
     Returns:
         [B, H, T, D] as a contiguous [B, T, H, D].
     """
+    return torch.ops.llamac.attend_live(
+        q, k_cache, v_cache, positions, slots, scale, k_scale, v_scale
+    )
+
+
+def _attend_on_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     dtype, num_tokens = q.dtype, q.shape[2]
     live = min(int(positions.max()) + num_tokens, k_cache.shape[2])
     k, v = (_select(cache, slots)[:, :, :live] for cache in (k_cache, v_cache))
@@ -66,15 +89,13 @@ def attend_live(
     return out.transpose(1, 2).to(dtype).contiguous()
 
 
-@attend_live.register_kernel("cuda")
-def _(*given: Any) -> Tensor:
+def _attend_on_gpu(*given: Any) -> Tensor:
     from .gpu import attend_on_gpu
 
     return attend_on_gpu(*given)
 
 
-@attend_live.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
+def _fake(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
@@ -84,3 +105,8 @@ def _select(cache: Tensor, slots: Tensor) -> Tensor:
     if torch.equal(slots, torch.arange(first, first + count)):
         return cache[first : first + count]
     return cache.index_select(0, slots)
+
+
+_library.impl("attend_live", _attend_on_cpu, "CPU")
+_library.impl("attend_live", _attend_on_gpu, "CUDA")
+torch.library.register_fake("llamac::attend_live", _fake, lib=_library)
