@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..runtime.backend import BackendUnavailableError
 from .setup import Runner, Setup, System
+from .stand_in_tokenizer import SPECIALS
 from .weight_sizes import WeightSizes
 
 __all__ = ["LLAMA_CPP", "LLAMA_CPP_QUANTIZED", "permute_rope"]
@@ -205,7 +207,7 @@ def _build(setup: Setup, out: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind.name}" if kind else "ALL_F32"]))
-    writer.add_tokenizer_model("no_vocab")
+    _add_tokenizer(writer, checkpoint.side_folder / "tokenizer.json")
     model = load_model(checkpoint, num_positions=1, dtype=dtype)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
@@ -224,6 +226,22 @@ def _build(setup: Setup, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: Any, path: Path) -> None:
+    """The stand-in of random weights, which a server needs; any other is left out."""
+    spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+    if tuple(special) != SPECIALS:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    ids = spec["model"]["vocab"] | special
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(ids, key=ids.__getitem__))
+    writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
+    writer.add_bos_token_id(special[SPECIALS[0]])
+    writer.add_eos_token_id(special[SPECIALS[1]])
 
 
 def _quantize(setup: Setup, out: Path, ftype: str) -> None:

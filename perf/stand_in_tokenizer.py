@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_stand_in_tokenizer"]
+__all__ = ["SPECIALS", "write_stand_in_tokenizer"]
 
-_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>")
+SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>")  # BOS and EOS
 _MAX_CHARS = 16  # of a piece
 # Byte-level BPE writes printable Latin-1 bytes as themselves, the others from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -23,7 +23,7 @@ def write_stand_in_tokenizer(folder: Path, vocab_size: int) -> None:
         vocab_size: V, at least 3; the last two ids are BOS and EOS. Below 258 some bytes have no
             token.
     """
-    num_pieces = vocab_size - len(_SPECIALS)
+    num_pieces = vocab_size - len(SPECIALS)
     pieces = [chr(byte) for byte in _PRINTABLE] + [chr(256 + n) for n in range(68)]
     known, merges = set(pieces), []
     generator = random.Random(0)
@@ -39,7 +39,7 @@ def write_stand_in_tokenizer(folder: Path, vocab_size: int) -> None:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special(num_pieces + i, text) for i, text in enumerate(_SPECIALS)],
+        "added_tokens": [_special(num_pieces + i, text) for i, text in enumerate(SPECIALS)],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,
@@ -50,7 +50,7 @@ def write_stand_in_tokenizer(folder: Path, vocab_size: int) -> None:
             "merges": merges,
         },
     }
-    names = dict(zip(("bos_token", "eos_token"), _SPECIALS, strict=True))
+    names = dict(zip(("bos_token", "eos_token"), SPECIALS, strict=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
