@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.few_rows import MAX_ROWS, multiply_few
+from .kernels.gpu_operators import multiply_rows
 from .kernels.many_rows import multiply_many
 from .ranks import ALONE, Rank, Role, gather_columns, sum_over_ranks
 
@@ -35,11 +36,10 @@ STORAGE_DTYPES = frozenset(
 
 
 _library = torch.library.Library("llamac", "FRAGMENT")
-for _name in ("multiply_in_float32", "multiply_one"):
-    # Not a custom_op, whose first call imports Dynamo.
-    _library.define(
-        f"{_name}(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
+# Not a custom_op, whose first call imports Dynamo.
+_library.define(
+    "multiply_in_float32(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def compiled_on_cpu(x: Tensor) -> bool:
@@ -117,7 +117,7 @@ class Linear(OverRanks):
         """Multiplies.
 
         A product with few rows is bound by reading the weight, which BLAS does not do at full
-        speed: there a compiled step has an operator for it, and a GPU a kernel for one row.
+        speed: there a compiled step has an operator for it, and a GPU a kernel.
 
         Args:
             x: [M, in_features].
@@ -128,8 +128,8 @@ class Linear(OverRanks):
         return self.combine(self._multiply(x))
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda" and x.shape[0] == 1:
-            return self.add_bias(multiply_one(x, self.weight))
+        if x.device.type == "cuda" and len(x) <= MAX_ROWS:
+            return multiply_rows(x, self.weight, self.own_bias)
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
             if is_few_rows(x):
                 return self.add_bias(multiply_few(x.contiguous(), [self.weight])[0])
@@ -153,19 +153,6 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.llamac.multiply_in_float32(x, weight)
 
 
-def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies as Linear does, one row, on a GPU.
-
-    Args:
-        x: [1, K].
-        weight: [N, K] in x's dtype.
-
-    Returns:
-        [1, N] in x's dtype.
-    """
-    return torch.ops.llamac.multiply_one(x, weight)
-
-
 def _multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     num_rows, width = weight.shape
     columns = x.float().t()  # [K, M]
@@ -177,17 +164,9 @@ def _multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     return out.t().to(x.dtype, memory_format=torch.contiguous_format)
 
 
-def _multiply_one(x: Tensor, weight: Tensor) -> Tensor:
-    from .kernels.gpu import multiply_one_on_gpu
-
-    return multiply_one_on_gpu(x, weight)
-
-
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _library.impl("multiply_in_float32", _multiply_in_float32, "CPU")
-_library.impl("multiply_one", _multiply_one, "CUDA")
-for _name in ("multiply_in_float32", "multiply_one"):
-    torch.library.register_fake(f"llamac::{_name}", _fake, lib=_library)
+torch.library.register_fake("llamac::multiply_in_float32", _fake, lib=_library)

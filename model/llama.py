@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from .cache import KVCache, quantize_rows
 from .config import LlamaConfig
+from .decode_layer import call_layer
 from .kernels.few_rows import MAX_ROWS, attend_few
-from .kernels.live_attention import attend_live
+from .kernels.live_attention import NUM_COUNTERS, attend_live
 from .linear import Linear, OverRanks, compiled_on_cpu
 from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
 from .ranks import ALONE, Rank, role_of
-from .tables import rope_tables
+from .tables import rope_tables, rotate
 
 __all__ = ["Attention", "Llama", "TorchAttention"]
 
@@ -76,7 +77,17 @@ class TorchAttention(nn.Module):
 
     A module without weights: torch.compile traces a layer once for all layers only when what it
     is called with are tensors and modules.
+
+    Attributes:
+        counters: Of attend_live's; on the device of the cache.
     """
+
+    counters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32)
+        self.register_buffer("counters", counters, persistent=False)
 
     def forward(
         self,
@@ -107,13 +118,10 @@ class TorchAttention(nn.Module):
         for buffer, rows_written in zip(cache, written, strict=True):
             buffer.index_put_(index, rows_written)
         few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS
-        attend = attend_few if few and (scales or q.dtype == k_cache.dtype) else attend_live
-        return attend(q, k_cache, v_cache, positions, slots, scale, *scales)
-
-
-def call_layer(layer: nn.Module, *args: nn.Module | Tensor) -> Tensor:
-    """Calls one decoder layer; the compiled path marks this call as one shared region."""
-    return layer(*args)
+        given = q, k_cache, v_cache, positions, slots, scale, *scales
+        if few and (scales or q.dtype == k_cache.dtype):
+            return attend_few(*given)
+        return attend_live(*given, counters=self.counters)
 
 
 class Llama(nn.Module):
@@ -328,21 +336,3 @@ def _packed(module: nn.Module, form: PackedFormat) -> nn.Module:
     assert isinstance(module, Linear)
     num_rows, width = module.weight.shape
     return PackedLinear(width, num_rows, form, bias=module.bias is not None)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotate-half RoPE in float32.
-
-    Args:
-        x: [B, T, heads, D].
-        cos: [B, T, D/2] float32.
-        sin: [B, T, D/2] float32.
-
-    Returns:
-        [B, T, heads, D] in x's dtype.
-
-    Source: arXiv 2104.09864, in HF's layout: dimension i pairs with i + D/2.
-    """
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""RoPE rows and causal mask rows, each looked up by position."""
+"""RoPE rows and causal mask rows, each looked up by position, and the rotation by such rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .config import LlamaConfig
 from .rope_scaling import RopeScaling
 
-__all__ = ["causal_mask", "check_rope_rows", "rope_bytes", "rope_tables"]
+__all__ = ["causal_mask", "check_rope_rows", "rope_bytes", "rope_tables", "rotate"]
 
 
 def rope_tables(config: LlamaConfig, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,24 @@ def check_rope_rows(config: LlamaConfig, num_rows: int) -> None:
             f"max_seq_len is {num_rows}; with RoPE of type 'dynamic' it may be at most "
             f"max_position_embeddings, {config.max_position_embeddings}; lower --max-seq-len"
         )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotate-half RoPE in float32.
+
+    Args:
+        x: [B, T, heads, D].
+        cos: [B, T, D/2] float32.
+        sin: [B, T, D/2] float32.
+
+    Returns:
+        [B, T, heads, D] in x's dtype.
+
+    Source: arXiv 2104.09864, in HF's layout: dimension i pairs with i + D/2.
+    """
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 def causal_mask(positions: Tensor, num_tokens: int, max_seq_len: int) -> Tensor:

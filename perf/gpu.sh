@@ -19,8 +19,12 @@ tests       tests of the kernels and of the backends
 1b-sweep    --model tinyllama-1.1b --backend compile --sweep 512 8192
 1b-cold     --model tinyllama-1.1b --backend compile --cold-start
 1b-packed   --model tinyllama-1.1b --backend compile --backend compile-int8 --backend compile-int4
-128k-vocab  --model llama-3.2-1b --backend compile --batch-size 1 8 --new-tokens 64
+3.2-1b      --model llama-3.2-1b --backend compile --prompt-len 32 --new-tokens 128
+3.2-1b-batch --model llama-3.2-1b --backend compile --prompt-len 32 --new-tokens 128 --batch-size 8 32
 8b-speed    --model llama-3-8b --backend compile --new-tokens 128
+8b-short    --model llama-3-8b --backend compile --prompt-len 32 --new-tokens 128
+8b-batch-8  --model llama-3-8b --backend compile --prompt-len 32 --new-tokens 128 --batch-size 8
+8b-batch-32 --model llama-3-8b --backend compile --prompt-len 32 --new-tokens 128 --batch-size 32
 8b-peer     --model llama-3-8b --backend transformers
 8b-static   --model llama-3-8b --backend transformers-static
 8b-int8     --model llama-3-8b --backend compile-int8 --new-tokens 128

@@ -11,7 +11,8 @@ from conftest import TOLERANCE
 from numpy.typing import NDArray
 
 from llamac.model import KVCache, Llama
-from llamac.model.llama import TorchAttention, rotate
+from llamac.model.llama import TorchAttention
+from llamac.model.tables import rotate
 from llamac.runtime.backend import Backend
 from llamac.runtime.chunks import next_chunk
 

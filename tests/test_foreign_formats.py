@@ -12,8 +12,7 @@ from llamac.model.checkpoint.pieces import _uninterleave
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.checkpoint.stored import Checkpoint
 from llamac.model.config import LlamaConfig
-from llamac.model.llama import rotate
-from llamac.model.tables import rope_tables
+from llamac.model.tables import rope_tables, rotate
 
 # The MLP's width is Meta's formula: 2/3 of 4 * 64, up to a multiple of 32.
 CONFIG = LlamaConfig(

@@ -12,15 +12,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llamac.model.cache import quantize_rows
+from llamac.model.kernels.gpu_operators import multiply_rows
 from llamac.model.kernels.live_attention import attend_live
 from llamac.model.kernels.packed_product import multiply_packed
-from llamac.model.linear import multiply_one
 from llamac.model.tables import causal_mask
 from packed_weight import PackedWeight
 
@@ -94,7 +95,9 @@ def check_attention(
         for cache, scale_cache, (rows_of, own) in zip(caches, scales, stored, strict=True):
             cache[slots] = rows_of
             scale_cache[slots] = own.masked_fill(dead[..., 0], float("nan"))
-    out = attend(q, *caches, starts, slots, scale, *scales)
+    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    out = attend(q, *caches, starts, slots, scale, *scales, counters=counters)
+    assert not counters.any()
     assert out.shape == (batch, num_tokens, heads, head_dim)
     assert out.is_contiguous()
     assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
@@ -124,32 +127,40 @@ def test_live_rows_alone_are_attended(
     head_dim: int,
     positions: list[int],
 ):
-    from llamac.model.kernels import gpu
+    from llamac.model.kernels import attention_gpu
 
-    monkeypatch.setattr(gpu, "_num_processors", lambda _: num_processors)
+    monkeypatch.setattr(attention_gpu, "_num_processors", lambda _: num_processors)
 
     sizes = (heads, kv_heads), num_tokens, rows, head_dim, positions
-    check_attention(gpu.attend_on_gpu, dtype, *sizes)
+    check_attention(attention_gpu.attend_on_gpu, dtype, *sizes)
     if dtype == "float32":
-        check_attention(gpu.attend_on_gpu, dtype, *sizes, in_int8=True)
+        check_attention(attention_gpu.attend_on_gpu, dtype, *sizes, in_int8=True)
 
 
 @anywhere
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "num_rows"), [(1, 1), (65, 7), (2048, 5), (2100, 3)])
-def test_one_row_times_a_weight(dtype: str, width: int, num_rows: int):
-    from llamac.model.kernels.gpu import multiply_one_on_gpu
+@pytest.mark.parametrize("num_x", [1, 3, 16])
+@pytest.mark.parametrize(("width", "num_rows"), [(1, 1), (65, 7), (2100, 35)])
+def test_a_few_rows_times_a_weight(width: int, num_rows: int, num_x: int, dtype: str):
+    from llamac.model.kernels.product_gpu import multiply_on_gpu
 
-    check_product(multiply_one_on_gpu, dtype=dtype, width=width, num_rows=num_rows)
+    check_product(multiply_on_gpu, dtype=dtype, num_x=num_x, width=width, num_rows=num_rows)
 
 
-def check_product(multiply, *, dtype: str, width: int, num_rows: int) -> None:
+def check_product(
+    multiply: Callable[..., torch.Tensor], *, dtype: str, num_x: int, width: int, num_rows: int
+) -> None:
     torch.manual_seed(0)
+    sizes = (num_x, width), (num_rows, width), (num_rows,), (num_x, num_rows)
     options = {"dtype": getattr(torch, dtype), "device": DEVICE}
-    x, weight = torch.randn(1, width, **options), torch.randn(num_rows, width, **options)
-    out = multiply(x, weight)
-    assert out.shape == (1, num_rows)
-    assert relative_error(out, x.double() @ weight.double().t()) < ALLOWED_ERROR[dtype]
+    x, weight, bias, residual = (torch.randn(size, **options) for size in sizes)
+    product = x.double() @ weight.double().t()
+    for rest in ((), (bias,), (None, residual), (bias, residual)):
+        out = multiply(x, weight, *rest)
+        assert out.shape == (num_x, num_rows)
+        assert out.dtype == x.dtype
+        expected = product + sum(part.double() for part in rest if part is not None)
+        assert relative_error(out, expected) < ALLOWED_ERROR[dtype]
 
 
 def check_packed(
@@ -190,7 +201,8 @@ def test_a_few_rows_times_a_packed_weight(bits: int, num_x: int, dtype: str):
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, Path(__file__).with_name("test_gpu_layer.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         [*command, "-W", "ignore::RuntimeWarning"],  # of numpy's, about values that are not stored
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -199,7 +211,7 @@ def test_the_kernels_in_tritons_interpreter():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "46 passed" in done.stdout, done.stdout[-4000:]
+    assert "68 passed" in done.stdout, done.stdout[-4000:]
 
 
 class TestOnAGpu:
@@ -232,9 +244,10 @@ class TestOnAGpu:
         check_attention(attend_live, dtype, *sizes, in_int8=True)
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("num_x", [1, 2, 8, 16])
     @pytest.mark.parametrize(("width", "num_rows"), [(2048, 256), (5632, 2049)])
-    def test_product(self, dtype: str, width: int, num_rows: int):
-        check_product(multiply_one, dtype=dtype, width=width, num_rows=num_rows)
+    def test_product(self, dtype: str, width: int, num_rows: int, num_x: int):
+        check_product(multiply_rows, dtype=dtype, num_x=num_x, width=width, num_rows=num_rows)
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("num_x", [1, 8, 40])

@@ -8,7 +8,8 @@ import torch
 
 from llamac.model import KVCache, TorchBackend
 from llamac.model.cache import cache_bytes
-from llamac.model.llama import TorchAttention, rotate
+from llamac.model.llama import TorchAttention
+from llamac.model.tables import rotate
 from variants import VARIANTS, our_model, reference_model
 
 NUM_TOKENS = 64

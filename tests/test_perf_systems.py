@@ -18,9 +18,8 @@ from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.compiled.torch_backend import TorchBackend
 from llamac.model.config import LlamaConfig
-from llamac.model.llama import rotate
 from llamac.model.quantization import parse_recipe, quantize_checkpoint
-from llamac.model.tables import rope_tables
+from llamac.model.tables import rope_tables, rotate
 from llamac.perf.llama_cpp_peer import permute_rope
 from llamac.perf.setup import Runner, Setup
 from llamac.perf.stand_in_tokenizer import write_stand_in_tokenizer

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ...runtime.backend import BackendUnavailableError, StaticShape, StepInputs, check_rows
 from ..cache import KVCache
+from ..decode_layer import call_layer
 from ..kernels.few_rows import load_operators
-from ..llama import Llama, TorchAttention, call_layer
+from ..llama import Llama, TorchAttention
 from .bound_step import BoundStep
 from .inductor import cache_misses, compiler, compiler_problem
 from .saved_step import SavedStep
@@ -98,8 +99,8 @@ class TorchBackend:
             vocab_size=model.config.vocab_size,
             num_guesses=num_guesses,
         )
-        self._model, self._attention = model, TorchAttention()
         self._device = model.cos.device
+        self._model, self._attention = model, TorchAttention().to(self._device)
         self.all_logits = all_logits
         if compile and self._device.type == "cpu":
             problem = compiler_problem()

@@ -14,7 +14,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from ..cache import KVCache
-from ..llama import Llama, TorchAttention, rotate
+from ..llama import Llama, TorchAttention
+from ..tables import rotate
 from .stories import explain, stories
 
 __all__ = [

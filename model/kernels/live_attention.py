@@ -11,14 +11,17 @@ from torch import Tensor
 from ..linear import STORAGE_DTYPES
 from ..tables import causal_mask
 
-__all__ = ["attend_live"]
+__all__ = ["NUM_COUNTERS", "attend_live"]
+
+# More than a GPU has groups of processors that could share a block of queries.
+NUM_COUNTERS = 256
 
 
 _library = torch.library.Library("llamac", "FRAGMENT")
 # Not a custom_op, whose first call imports Dynamo.
 _library.define(
     "attend_live(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor slots, "
-    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "float scale, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? counters=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -32,6 +35,7 @@ def attend_live(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Causal attention whose cost follows the context, not the cache's size.
 
@@ -47,12 +51,13 @@ def attend_live(
         scale: Of the products of queries and keys.
         k_scale: [slots, K, S] float32 where the caches are int8, else None.
         v_scale: The same of the values.
+        counters: [NUM_COUNTERS] int32 zeros, which a GPU needs and leaves as they were.
 
     Returns:
         [B, H, T, D] as a contiguous [B, T, H, D].
     """
     return torch.ops.llamac.attend_live(
-        q, k_cache, v_cache, positions, slots, scale, k_scale, v_scale
+        q, k_cache, v_cache, positions, slots, scale, k_scale, v_scale, counters
     )
 
 
@@ -65,6 +70,7 @@ def _attend_on_cpu(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    _: Tensor | None = None,
 ) -> Tensor:
     dtype, num_tokens = q.dtype, q.shape[2]
     live = min(int(positions.max()) + num_tokens, k_cache.shape[2])
@@ -90,7 +96,7 @@ def _attend_on_cpu(
 
 
 def _attend_on_gpu(*given: Any) -> Tensor:
-    from .gpu import attend_on_gpu
+    from .attention_gpu import attend_on_gpu
 
     return attend_on_gpu(*given)
 

@@ -1,4 +1,4 @@
-"""Triton kernels: attention over the live rows of the cache, and the product of one row.
+"""A Triton kernel: attention over the live rows of the cache.
 
 Triton comes with the CUDA builds of torch alone, so this module is imported where it is needed.
 """
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["attend_on_gpu", "multiply_one_on_gpu"]
+__all__ = ["attend_on_gpu"]
 
 _BLOCK_BYTES = 16 << 10  # of keys at a time, and of values: they wait in shared memory
 _MAX_QUERIES = 64  # of one program
 _FEWEST_SPLITS = 4  # what fewer gain, merging them costs
-_PRODUCT_ROWS, _PRODUCT_COLUMNS = 2, 2048  # of a weight at a time; the fastest of eleven on an H100
+_MERGED_NUMBERS = 1 << 13  # of splits at a time
 
 
 def attend_on_gpu(
@@ -30,6 +30,7 @@ def attend_on_gpu(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Runs causal attention, each slot's live rows cut into splits that run side by side.
 
@@ -44,12 +45,15 @@ def attend_on_gpu(
         scale: Of the products of queries and keys.
         k_scale: [slots, K, S] float32, of int8 caches; else None.
         v_scale: The same of the values.
+        counters: int32 zeros, which are zeros again afterwards; never None. Where there are fewer
+            than blocks of queries, the rows are not split.
 
     Returns:
         [B, T, H, D] in q's dtype, contiguous.
 
     Source: arXiv 2205.14135 (the running softmax), its form for one query by splits of the keys.
     """
+    assert counters is not None
     batch_size, num_heads, num_tokens, head_dim = q.shape
     num_kv_heads, max_seq_len = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
@@ -59,13 +63,15 @@ def attend_on_gpu(
     blocks = triton.cdiv(group * num_tokens, block_queries)
     block_dim = max(triton.next_power_of_2(head_dim), 16)
     block_rows = max(min(_BLOCK_BYTES // (block_dim * q.itemsize), 64), 16)
-    splits = _num_processors(q.device) // (blocks * batch_size * num_kv_heads)
-    splits = min(splits, triton.cdiv(max_seq_len, block_rows))
-    if splits < _FEWEST_SPLITS:
-        splits, partial = 1, out
-    else:
-        partial = q.new_empty(*out.shape[:3], splits, head_dim, dtype=torch.float32)
-    weights = q.new_empty(*out.shape[:3], splits, dtype=torch.float32)
+    num_programs = blocks * batch_size * num_kv_heads  # of a split
+    splits = min(_num_processors(q.device) // num_programs, triton.cdiv(max_seq_len, block_rows))
+    if splits < _FEWEST_SPLITS or num_programs > len(counters):
+        splits = 1
+    num_partial = splits if splits > 1 else 0
+    partial = q.new_empty(*out.shape[:3], num_partial, head_dim, dtype=torch.float32)
+    weights = q.new_empty(*out.shape[:3], num_partial, dtype=torch.float32)
+    block_splits = triton.next_power_of_2(splits)
+    merged = triton.next_power_of_2(min(group * num_tokens, block_queries))
     _attend_split[(blocks, splits, batch_size * num_kv_heads)](
         q,
         k_cache,
@@ -76,6 +82,8 @@ def attend_on_gpu(
         slots,
         partial,
         weights,
+        counters,
+        out,
         *q.stride(),
         max_seq_len,
         scale,
@@ -86,44 +94,10 @@ def attend_on_gpu(
         BLOCK_DIM=block_dim,
         BLOCK_QUERIES=block_queries,
         BLOCK_ROWS=block_rows,
+        BLOCK_SPLITS=block_splits,
+        BLOCK_MERGED=max(min(_MERGED_NUMBERS // (block_splits * block_dim), merged), 1),
         IS_SCALED=k_scale is not None,
         num_stages=2,
-    )
-    if splits == 1:
-        return out
-    _merge_splits[(batch_size * num_tokens * num_heads,)](
-        partial,
-        weights,
-        out,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-    )
-    return out
-
-
-def multiply_one_on_gpu(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies one row with a weight, summing in float32.
-
-    Args:
-        x: [1, K], contiguous.
-        weight: [N, K] in x's dtype, contiguous.
-
-    Returns:
-        [1, N] in x's dtype.
-    """
-    num_rows, width = weight.shape
-    out = x.new_empty(1, num_rows)
-    _multiply_one[(triton.cdiv(num_rows, _PRODUCT_ROWS),)](
-        x.contiguous(),
-        weight,
-        out,
-        num_rows,
-        width,
-        BLOCK_ROWS=_PRODUCT_ROWS,
-        BLOCK_COLUMNS=min(_PRODUCT_COLUMNS, triton.next_power_of_2(width)),
-        num_warps=8,
     )
     return out
 
@@ -139,6 +113,8 @@ def _attend_split(
     slots,
     partial,
     weights,
+    counters,
+    out,
     stride_batch,
     stride_head,
     stride_token,
@@ -152,12 +128,14 @@ def _attend_split(
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
     IS_SCALED: tl.constexpr,
 ):
     """One split of the live rows, for a block of the queries that share a key/value head.
 
-    Writes their sums over values, already divided by the softmax's denominator, and the logarithm
-    of that denominator.
+    Of several it writes their sums over values, already divided by the softmax's denominator, and
+    the logarithm of that denominator; whichever split ends last merges them all.
     """
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // NUM_KV_HEADS).to(tl.int64)
@@ -176,6 +154,7 @@ def _attend_split(
     position = tl.load(positions + batch)
     live = tl.minimum(position + NUM_TOKENS, max_seq_len).to(tl.int32)
     rows_per_split = tl.cdiv(tl.cdiv(live, num_splits), BLOCK_ROWS) * BLOCK_ROWS
+    num_live = tl.cdiv(live, rows_per_split)  # splits that have rows
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, live)
     slot = tl.load(slots + batch)
@@ -211,12 +190,38 @@ def _attend_split(
 
     seen = denominator > 0
     sums = sums / tl.where(seen, denominator, 1.0)[:, None]
-    weight = tl.where(seen, largest + tl.log(denominator), float("-inf"))
     item = (batch * NUM_TOKENS + token) * (NUM_KV_HEADS * GROUP) + head
-    item = item * num_splits + split
-    tl.store(weights + item, weight, mask=is_query)
-    target = partial + item[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(target, sums.to(partial.dtype.element_ty), mask=is_query[:, None] & is_dim[None, :])
+    inside = is_query[:, None] & is_dim[None, :]
+    if num_live == 1:
+        if split == 0:
+            target = out + item[:, None] * HEAD_DIM + dim[None, :]
+            tl.store(target, sums.to(out.dtype.element_ty), mask=inside)
+    elif split < num_live:
+        weight = tl.where(seen, largest + tl.log(denominator), float("-inf"))
+        part = item * num_splits + split
+        tl.store(weights + part, weight, mask=is_query)
+        tl.store(partial + part[:, None] * HEAD_DIM + dim[None, :], sums, mask=inside)
+        tl.debug_barrier()  # all of this program's, before its count
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_live - 1:
+            tl.store(counter, 0)
+            _merge_splits(
+                partial,
+                weights,
+                out,
+                batch,
+                kv_head,
+                num_live,
+                num_splits,
+                NUM_KV_HEADS,
+                GROUP,
+                NUM_TOKENS,
+                HEAD_DIM,
+                BLOCK_DIM,
+                BLOCK_QUERIES,
+                BLOCK_SPLITS,
+                BLOCK_MERGED,
+            )
 
 
 @triton.jit
@@ -224,48 +229,45 @@ def _merge_splits(
     partial,
     weights,
     out,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    batch,
+    kv_head,
+    num_live,
+    num_splits,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
 ):
-    """The mean of one query's splits, weighted by their denominators."""
-    item = tl.program_id(0).to(tl.int64)
+    """The mean of a block of queries' splits, weighted by their denominators."""
     split, dim = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DIM)
-    is_split, is_dim = split < SPLITS, dim < HEAD_DIM
-    weight = tl.load(weights + item * SPLITS + split, mask=is_split, other=float("-inf"))
-    weight = tl.exp(weight - tl.max(weight, 0))
-    place = partial + (item * SPLITS + split[:, None]) * HEAD_DIM + dim[None, :]
-    sums = tl.load(place, mask=is_split[:, None] & is_dim[None, :], other=0.0)
-    mean = tl.sum(sums * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + item * HEAD_DIM + dim, mean.to(out.dtype.element_ty), mask=is_dim)
-
-
-@triton.jit
-def _multiply_one(
-    x,
-    weight,
-    out,
-    num_rows,
-    width,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """A few rows of a weight times x."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row = row < num_rows
-    begin = row[:, None].to(tl.int64) * width
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, width, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        is_column = column < width
-        inside = is_row[:, None] & is_column[None, :]
-        block = tl.load(
-            weight + begin + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+    begin = tl.program_id(0) * BLOCK_QUERIES
+    end = tl.minimum(begin + BLOCK_QUERIES, GROUP * NUM_TOKENS)
+    for start in range(begin, end, BLOCK_MERGED):
+        query = start + tl.arange(0, BLOCK_MERGED)
+        head, token = kv_head * GROUP + query // NUM_TOKENS, query % NUM_TOKENS
+        item = (batch * NUM_TOKENS + token) * (NUM_KV_HEADS * GROUP) + head
+        part = item[:, None] * num_splits + split[None, :]
+        is_query, is_dim = query < end, dim < HEAD_DIM
+        inside = is_query[:, None] & (split < num_live)[None, :]
+        # Other processors wrote these: not from this one's own cache.
+        weight = tl.load(weights + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(
+            partial + part[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=inside[:, :, None] & is_dim[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
         )
-        factor = tl.load(x + column, mask=is_column, other=0.0)
-        sums += block.to(tl.float32) * factor.to(tl.float32)[None, :]
-    tl.store(out + row, tl.sum(sums, 1).to(out.dtype.element_ty), mask=is_row)
+        largest = tl.where(is_query, tl.max(weight, 1), 0.0)
+        weight = tl.exp(weight - largest[:, None])
+        total = tl.where(is_query, tl.sum(weight, 1), 1.0)
+        mean = tl.sum(sums * weight[:, :, None], 1) / total[:, None]
+        target = out + item[:, None] * HEAD_DIM + dim[None, :]
+        inside_out = is_query[:, None] & is_dim[None, :]
+        tl.store(target, mean.to(out.dtype.element_ty), mask=inside_out)
 
 
 def _num_processors(device: torch.device) -> int:

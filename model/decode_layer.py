@@ -1,0 +1,121 @@
+"""One token of each sequence through a decoder layer on a GPU, in five kernels.
+
+They are: the norm and q, k and v, rotated, k and v into the cache; attention; its output's product
+and the residual; the norm and silu(gate) * up; the last product and the residual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .kernels.few_rows import MAX_ROWS
+from .kernels.gpu_operators import multiply_gate_up, multiply_qkv, multiply_rows
+from .kernels.live_attention import attend_live
+from .linear import Linear
+
+__all__ = ["call_layer", "decode_layer"]
+
+
+def call_layer(layer: nn.Module, *args: Any) -> Tensor:
+    """Calls one decoder layer; the compiled path marks this call as one shared region.
+
+    Args:
+        layer: Of a Llama.
+        args: What it is called with, attention first.
+
+    Returns:
+        The hidden states after it.
+    """
+    return decode_layer(layer, *args) if _fits_decode(layer, *args) else layer(*args)
+
+
+def decode_layer(
+    layer: Any,
+    attention: Any,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    write_indices: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Does what the layer does; sums are rounded less often.
+
+    Args:
+        layer: Of a Llama.
+        attention: A TorchAttention.
+        hidden: [B, E], B at most 16.
+        cos: [B, 1, D/2] float32.
+        sin: [B, 1, D/2] float32.
+        positions: [B] int64.
+        write_indices: [B] int64, the cache row of each token.
+        slots: [B] int64, the cache slot of each token.
+        k_cache: [slots, K, S, D], written in place.
+        v_cache: [slots, K, S, D], written in place.
+
+    Returns:
+        [B, E] in hidden's dtype.
+    """
+    own, mlp = layer.self_attn, layer.mlp
+    norm = layer.input_layernorm
+    q = multiply_qkv(
+        hidden,
+        norm.weight,
+        norm.eps,
+        *_parameters(own.q_proj, own.k_proj, own.v_proj),
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        write_indices,
+        slots,
+    )
+    q = q[:, :, None]  # [B, H, 1, D]
+    out = attend_live(q, k_cache, v_cache, positions, slots, own.scale, counters=attention.counters)
+    out = out.flatten(1)  # [B, H*D]
+    hidden = multiply_rows(out, own.o_proj.weight, own.o_proj.bias, hidden)
+    norm = layer.post_attention_layernorm
+    inner = multiply_gate_up(
+        hidden, norm.weight, norm.eps, *_parameters(mlp.gate_proj, mlp.up_proj)
+    )
+    return multiply_rows(inner, mlp.down_proj.weight, mlp.down_proj.bias, hidden)
+
+
+def _fits_decode(
+    layer: Any,
+    attention: object,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    write_indices: Tensor,
+    slots: Tensor,
+    *caches: Tensor,
+) -> bool:
+    """Whether decode_layer can be called with the same.
+
+    It takes plain weights and caches in the dtype of the hidden states, all of them on one GPU.
+    """
+    own, mlp = layer.self_attn, layer.mlp
+    qkv = (own.q_proj, own.k_proj, own.v_proj)
+    gate_up = (mlp.gate_proj, mlp.up_proj)
+    products = (*qkv, own.o_proj, *gate_up, mlp.down_proj)
+    return (
+        hidden.device.type == "cuda"
+        and len(hidden) == len(positions) <= MAX_ROWS
+        and len(caches) == 2
+        and all(isinstance(one, Linear) and one.rank.world_size == 1 for one in products)
+        and all(one.weight.dtype == hidden.dtype for one in products)
+        and all(cache.dtype == hidden.dtype for cache in caches)
+        and all(len({one.bias is None for one in group}) == 1 for group in (qkv, gate_up))
+    )
+
+
+def _parameters(*products: Linear) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases, if there are any."""
+    biases: list[Tensor] = [one.bias for one in products if one.bias is not None]
+    return [one.weight for one in products], biases
