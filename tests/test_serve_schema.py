@@ -16,7 +16,7 @@ from llamac.model.load import DEMO_FOLDER
 from openai_description import describe
 from serving import serving
 
-NUM_EXAMPLES = 30  # of each operation, drawn; more are counted out
+NUM_EXAMPLES = 15  # of each operation, drawn; more are counted out
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
