@@ -84,11 +84,13 @@ def expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return made
 
 
-def greedy(backend: Backend, prompts: list[list[int]]) -> list[list[int]]:
+def greedy(
+    backend: Backend, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
+) -> list[list[int]]:
     requests = [
         Request(
             prompt_ids=tuple(prompt),
-            max_new_tokens=NUM_TOKENS,
+            max_new_tokens=num_tokens,
             sampling=SamplingParams(temperature=0.0),
         )
         for prompt in prompts
@@ -138,14 +140,14 @@ def test_compiled_text_of_the_gguf_file(prompts: list[list[int]], expected: list
 def test_bundle_text_of_the_gguf_file(
     prompts: list[list[int]], expected: list[list[int]], tmp_path: Path, run
 ):
-    """With exact products; those that round to 8 bits have a tolerance, not the same tokens."""
+    """With exact products, half a second a token; those that round to 8 bits have a tolerance."""
     from llamac.runtime.ort.ort_backend import OrtBackend
 
     assert GGUF is not None
     sizes = ("--max-seq-len", "192", "--prefill-len", "64")
     out = tmp_path / "bundle"
     assert run("export", GGUF, out, *sizes, "--accuracy-level", "0")[0] == 0
-    assert greedy(OrtBackend(out), prompts[:1]) == expected[:1]
+    assert greedy(OrtBackend(out), prompts[:1], 24) == [expected[0][:24]]
 
 
 def test_bundle_text(
