@@ -100,13 +100,14 @@ def _fits_decode(
 
     It takes plain weights and caches in the dtype of the hidden states, all of them on one GPU.
     """
+    if hidden.device.type != "cuda":
+        return False
     own, mlp = layer.self_attn, layer.mlp
     qkv = (own.q_proj, own.k_proj, own.v_proj)
     gate_up = (mlp.gate_proj, mlp.up_proj)
     products = (*qkv, own.o_proj, *gate_up, mlp.down_proj)
     return (
-        hidden.device.type == "cuda"
-        and len(hidden) == len(positions) <= MAX_ROWS
+        len(hidden) == len(positions) <= MAX_ROWS
         and len(caches) == 2
         and all(isinstance(one, Linear) and one.rank.world_size == 1 for one in products)
         and all(one.weight.dtype == hidden.dtype for one in products)
