@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 from collections.abc import Iterator
@@ -516,6 +517,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(run):
     code, out, err = run("serve", "--port", "0", "nowhere")
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("llamac: nowhere: no such folder")
+
+
+def test_what_comes_after_a_server_logs_as_before(run):
+    run("serve", "--port", "0", "nowhere")
+    run("cache")
+    assert not logging.getLogger("llamac.model").isEnabledFor(logging.INFO)
 
 
 def test_bodies_of_all_kinds_at_once(served: Served):

@@ -87,6 +87,8 @@ def run(words: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler], force=True
     )
+    tells_requests = args.run is serve and not args.verbose
+    logging.getLogger("llamac").setLevel(logging.INFO if tells_requests else logging.NOTSET)
     try:
         code = follow_launcher(args)
         return args.run(args) if code is None else code

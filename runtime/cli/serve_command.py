@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +93,6 @@ def serve(args: argparse.Namespace) -> int:
     """
     from ..serve.run import run_server
 
-    logging.getLogger("llamac").setLevel(logging.INFO)
     source = args.model or (args.words.pop(0) if args.words else None)
     if args.words:
         raise ValueError(f"{args.words[0]!r} is one source too many; serve takes one")
