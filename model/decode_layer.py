@@ -1,7 +1,7 @@
-"""One token of each sequence through a decoder layer on a GPU, in five kernels.
+"""A few tokens through a decoder layer: on a CPU in one operator, on a GPU in five kernels.
 
-They are: the norm and q, k and v, rotated, k and v into the cache; attention; its output's product
-and the residual; the norm and silu(gate) * up; the last product and the residual.
+The kernels are: the norm and q, k and v, rotated, k and v into the cache; attention; its output's
+product and the residual; the norm and silu(gate) * up; the last product and the residual.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kernels.few_rows import MAX_ROWS
+from .kernels.few_rows import MAX_ROWS, layer_few
 from .kernels.gpu_operators import multiply_gate_up, multiply_qkv, multiply_rows
 from .kernels.live_attention import attend_live
-from .linear import Linear
+from .linear import Linear, is_few_rows
+from .packed import PackedLinear
 
 __all__ = ["call_layer", "decode_layer"]
 
@@ -28,6 +29,8 @@ def call_layer(layer: nn.Module, *args: Any) -> Tensor:
     Returns:
         The hidden states after it.
     """
+    if _fits_operator(layer, *args):
+        return _few_tokens(layer, *args)
     return decode_layer(layer, *args) if _fits_decode(layer, *args) else layer(*args)
 
 
@@ -43,7 +46,7 @@ def decode_layer(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Does what the layer does; sums are rounded less often.
+    """Does what the layer does, on a GPU; sums are rounded less often.
 
     Args:
         layer: Of a Llama.
@@ -85,6 +88,75 @@ def decode_layer(
     return multiply_rows(inner, mlp.down_proj.weight, mlp.down_proj.bias, hidden)
 
 
+def _few_tokens(
+    layer: Any,
+    _: object,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    write_indices: Tensor,
+    slots: Tensor,
+    *cache: Tensor,
+) -> Tensor:
+    """Does what the layer does, in a compiled step on a CPU."""
+    products = _products(layer)
+    packed = [one if isinstance(one, PackedLinear) else None for one in products]
+    return layer_few(
+        hidden,
+        [layer.input_layernorm.weight, layer.post_attention_layernorm.weight],
+        layer.input_layernorm.eps,
+        [one.weight_packed if isinstance(one, PackedLinear) else one.weight for one in products],
+        [one and one.weight_scale for one in packed],
+        [one and one.weight_minimum for one in packed],
+        [one.bias for one in products],
+        cos,
+        sin,
+        positions,
+        write_indices,
+        slots,
+        layer.self_attn.scale,
+        list(cache),
+    )
+
+
+def _fits_operator(
+    layer: Any,
+    attention: object,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    write_indices: Tensor,
+    slots: Tensor,
+    *cache: Tensor,
+) -> bool:
+    """Whether _few_tokens can be called with the same.
+
+    It takes weights in the dtype of the hidden states or packed, not in another order of columns,
+    and caches in that dtype or in int8.
+    """
+    if not is_few_rows(hidden):
+        return False
+    dtype = hidden.dtype
+    return (
+        all(one.rank.world_size == 1 for one in _products(layer))
+        and all(
+            one.weight_order is None if isinstance(one, PackedLinear) else one.weight.dtype == dtype
+            for one in _products(layer)
+        )
+        and layer.input_layernorm.weight.dtype == dtype
+        and (len(cache) > 2 or all(buffer.dtype == dtype for buffer in cache))
+    )
+
+
+def _products(layer: Any) -> list[Linear | PackedLinear]:
+    """In the order of their use."""
+    own, mlp = layer.self_attn, layer.mlp
+    attention = [own.q_proj, own.k_proj, own.v_proj, own.o_proj]
+    return [*attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
 def _fits_decode(
     layer: Any,
     attention: object,
@@ -105,7 +177,7 @@ def _fits_decode(
     own, mlp = layer.self_attn, layer.mlp
     qkv = (own.q_proj, own.k_proj, own.v_proj)
     gate_up = (mlp.gate_proj, mlp.up_proj)
-    products = (*qkv, own.o_proj, *gate_up, mlp.down_proj)
+    products = _products(layer)
     return (
         len(hidden) == len(positions) <= MAX_ROWS
         and len(caches) == 2

@@ -118,10 +118,10 @@ class TorchAttention(nn.Module):
         for buffer, rows_written in zip(cache, written, strict=True):
             buffer.index_put_(index, rows_written)
         few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS
-        given = q, k_cache, v_cache, positions, slots, scale, *scales
         if few and (scales or q.dtype == k_cache.dtype):
-            return attend_few(*given)
-        return attend_live(*given, counters=self.counters)
+            return attend_few(q, list(cache), positions, slots, scale)
+        counters = self.counters if q.device.type == "cuda" else None
+        return attend_live(q, k_cache, v_cache, positions, slots, scale, *scales, counters=counters)
 
 
 class Llama(nn.Module):

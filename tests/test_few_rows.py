@@ -128,7 +128,7 @@ def test_attention_has_the_same_bits_whatever_the_number_of_threads():
     before, outs = torch.get_num_threads(), []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        outs.append(attend_few(q, k_cache, v_cache, positions, slots, 0.25))
+        outs.append(attend_few(q, [k_cache, v_cache], positions, slots, 0.25))
     torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
@@ -145,13 +145,13 @@ def test_the_operators_are_well_formed():
     numbers = torch.tensor([3])
     torch.library.opcheck(
         torch.ops.llamac.attend_few,
-        (torch.randn(1, 4, 1, 16), cache, cache.clone(), numbers, numbers * 0, 0.25),
+        (torch.randn(1, 4, 1, 16), [cache, cache.clone()], numbers, numbers * 0, 0.25),
     )
     rows, scales = quantize_rows(cache)
+    buffers = [rows, rows.clone(), scales, scales.clone()]
     torch.library.opcheck(
         torch.ops.llamac.attend_few,
-        (torch.randn(1, 4, 1, 16), rows, rows.clone(), numbers, numbers * 0, 0.25),
-        {"k_scale": scales, "v_scale": scales.clone()},
+        (torch.randn(1, 4, 1, 16), buffers, numbers, numbers * 0, 0.25),
     )
 
 

@@ -43,21 +43,6 @@ struct Job {
   }
 };
 
-// e^x for x <= 0, within 2e-7 of it; a loop of them becomes vectors.
-inline float exp_of(float x) {
-  const float t = std::max(x, -87.f);
-  const int32_t n = int32_t(t * 1.44269504f - 0.5f);  // rounds, as t <= 0
-  const float f = (t - float(n) * 0.693359375f) + float(n) * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.f;
-  return p * from_bits(uint32_t(n + 127) << 23);
-}
-
 // `count` rows of keys or values as floats, padded with zeros.
 void widen(const Job& job, const void* cache, const float* scales, int64_t first, int64_t count,
            float* rows) {

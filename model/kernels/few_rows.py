@@ -15,22 +15,39 @@ from torch import Tensor
 
 from .cpp_library import load_library
 
-__all__ = ["MAX_ROWS", "attend_few", "load_operators", "multiply_few", "multiply_few_packed"]
+__all__ = [
+    "MAX_ROWS",
+    "attend_few",
+    "layer_few",
+    "load_operators",
+    "multiply_few",
+    "multiply_few_packed",
+]
 
 MAX_ROWS = 16  # of x, or tokens of a row
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
     _FOLDER / name
-    for name in ("operators.cpp", "packed_product.cpp", "dense_product.cpp", "attention.cpp")
+    for name in (
+        "operators.cpp",
+        "packed_product.cpp",
+        "dense_product.cpp",
+        "attention.cpp",
+        "layer.cpp",
+    )
 )
 
 _library = torch.library.Library("llamac", "FRAGMENT")
+# The compiler isn't told that layer_few writes the cache: it takes no such operator into a region
+# that layers share. Nothing else of a step reads or writes a layer's cache.
 for _schema in (
     "multiply_few(Tensor x, Tensor[] weights) -> Tensor[]",
     "multiply_few_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",
-    "attend_few(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor slots, "
-    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "attend_few(Tensor q, Tensor[] cache, Tensor positions, Tensor slots, float scale) -> Tensor",
+    "layer_few(Tensor hidden, Tensor[] norms, float eps, Tensor[] weights, Tensor?[] scales, "
+    "Tensor?[] minima, Tensor?[] biases, Tensor cos, Tensor sin, Tensor positions, "
+    "Tensor write_indices, Tensor slots, float scale, Tensor[] cache) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -56,21 +73,78 @@ def multiply_few_packed(
 
 
 def attend_few(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, cache: list[Tensor], positions: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """Does what live_attention.attend_live does, for at most 16 tokens.
 
-    The caches are of q's dtype, or int8 with scales.
+    Args:
+        q: [B, H, T, D].
+        cache: A layer's buffers (see cache.layer_buffers): of q's dtype, or int8 with scales.
+        positions: [B] int64.
+        slots: [B] int64.
+        scale: Of the products of queries and keys.
+
+    Returns:
+        [B, H, T, D] as a contiguous [B, T, H, D].
     """
-    return torch.ops.llamac.attend_few(
-        q, k_cache, v_cache, positions, slots, scale, k_scale, v_scale
+    return torch.ops.llamac.attend_few(q, cache, positions, slots, scale)
+
+
+def layer_few(
+    hidden: Tensor,
+    norms: list[Tensor],
+    eps: float,
+    weights: list[Tensor],
+    scales: list[Tensor | None],
+    minima: list[Tensor | None],
+    biases: list[Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    write_indices: Tensor,
+    slots: Tensor,
+    scale: float,
+    cache: list[Tensor],
+) -> Tensor:
+    """A decoder layer on at most 16 tokens.
+
+    The products are those of q, k, v, o, gate, up and down, in this order.
+
+    Args:
+        hidden: [B*T, E] float32, float16 or bfloat16, contiguous.
+        norms: Weights of the two norms, each [E] of that dtype.
+        eps: Of the norms.
+        weights: Of each product [N, K] of that dtype, or packed (see packed_product).
+        scales: Of each product; None where the weight isn't packed.
+        minima: Of each product; None where there are none.
+        biases: Of each product; None where there is none.
+        cos: [B, T, D/2] float32.
+        sin: [B, T, D/2] float32.
+        positions: [B] int64.
+        write_indices: [B] int64, the cache row of each row's first token.
+        slots: [B] int64, the cache slot of each row.
+        scale: Of the products of queries and keys.
+        cache: The layer's buffers (see cache.layer_buffers), which are written: of that dtype, or
+            int8 with scales.
+
+    Returns:
+        [B*T, E] in hidden's dtype.
+    """
+    return torch.ops.llamac.layer_few(
+        hidden,
+        norms,
+        eps,
+        weights,
+        scales,
+        minima,
+        biases,
+        cos,
+        sin,
+        positions,
+        write_indices,
+        slots,
+        scale,
+        cache,
     )
 
 
@@ -99,6 +173,11 @@ def _fake_attention(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
+def _fake_layer(hidden: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(hidden)
+
+
 torch.library.register_fake("llamac::multiply_few", _fake_products, lib=_library)
 torch.library.register_fake("llamac::multiply_few_packed", _fake_products, lib=_library)
 torch.library.register_fake("llamac::attend_few", _fake_attention, lib=_library)
+torch.library.register_fake("llamac::layer_few", _fake_layer, lib=_library)

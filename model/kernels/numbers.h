@@ -1,6 +1,7 @@
 // Numbers of 32 and 16 bits, as they lie in tensors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -80,6 +81,41 @@ void put(void* out, int64_t type, int64_t index, float value) {
   if (type == FLOAT32) static_cast<float*>(out)[index] = value;
   else if (type == BFLOAT16) static_cast<uint16_t*>(out)[index] = to_bfloat16(value);
   else static_cast<uint16_t*>(out)[index] = to_float16(value);
+}
+
+// The reverse, from index `first` of `to` on.
+void from_floats(const float* from, int64_t type, int64_t first, int64_t count, void* to) {
+  if (type == FLOAT32) {
+    std::memcpy(static_cast<float*>(to) + first, from, size_t(count) * 4);
+    return;
+  }
+  uint16_t* values = static_cast<uint16_t*>(to) + first;
+  int64_t i = 0;
+  if (type == BFLOAT16) {
+    for (; i < count; i++) values[i] = to_bfloat16(from[i]);
+    return;
+  }
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < count; i++) values[i] = to_float16(from[i]);
+}
+
+// e^x for x <= 0, within 2e-7 of it; a loop of them becomes vectors.
+inline float exp_of(float x) {
+  const float t = std::max(x, -87.f);
+  const int32_t n = int32_t(t * 1.44269504f - 0.5f);  // rounds, as t <= 0
+  const float f = (t - float(n) * 0.693359375f) + float(n) * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  return p * from_bits(uint32_t(n + 127) << 23);
 }
 
 }  // namespace

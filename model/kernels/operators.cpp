@@ -14,6 +14,7 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
+using Options = c10::List<std::optional<Tensor>>;
 
 int64_t type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -55,56 +56,110 @@ std::vector<Tensor> multiply_few(const Tensor& x, TensorList weights) {
   return outs;
 }
 
+PackedWeight packed_weight(const Tensor& packed, const Tensor& scale, const Tensor* minimum,
+                           int64_t width) {
+  const int64_t num_rows = packed.size(0), bits = 8 * packed.size(1) / width;
+  const int64_t groups = scale.size(1);
+  TORCH_CHECK(bits == 4 || bits == 8, "a weight of ", bits, " bits");
+  check(packed, {num_rows, width * bits / 8}, "a packed weight");
+  check(scale, {num_rows, groups}, "a scale");
+  if (minimum) check(*minimum, {num_rows, groups}, "a minimum");
+  return {packed.const_data_ptr<uint8_t>(), scale.const_data_ptr(),
+          minimum ? minimum->const_data_ptr() : nullptr, nullptr, num_rows, bits, width / groups,
+          type_of(scale), minimum ? type_of(*minimum) : FLOAT32};
+}
+
 std::vector<Tensor> multiply_few_packed(const Tensor& x, TensorList packed, TensorList scales,
                                         TensorList minima) {
   std::vector<Tensor> outs = empty_results(x, packed);
   std::vector<PackedWeight> table;
   for (size_t i = 0; i < outs.size(); i++) {
-    const int64_t num_rows = packed[i].size(0), width = x.size(1);
-    const int64_t bits = 8 * packed[i].size(1) / width, groups = scales[i].size(1);
-    TORCH_CHECK(bits == 4 || bits == 8, "a weight of ", bits, " bits");
-    check(packed[i], {num_rows, width * bits / 8}, "a packed weight");
-    check(scales[i], {num_rows, groups}, "a scale");
-    const Tensor* minimum = minima.empty() || minima[i].numel() == 0 ? nullptr : &minima[i];
-    if (minimum) check(*minimum, {num_rows, groups}, "a minimum");
-    table.push_back({packed[i].const_data_ptr<uint8_t>(), scales[i].const_data_ptr(),
-                     minimum ? minimum->const_data_ptr() : nullptr, outs[i].mutable_data_ptr(),
-                     num_rows, bits, width / groups, type_of(scales[i]),
-                     minimum ? type_of(*minimum) : FLOAT32});
+    const bool has_minimum = !minima.empty() && minima[i].numel() > 0;
+    table.push_back(packed_weight(packed[i], scales[i], has_minimum ? &minima[i] : nullptr, x.size(1)));
+    table.back().out = outs[i].mutable_data_ptr();
   }
   check_memory(multiply_packed(x.const_data_ptr(), type_of(x), x.size(0), x.size(1), table.data(),
                                int64_t(table.size()), at::get_num_threads()));
   return outs;
 }
 
-Tensor attend_few(const Tensor& q, const Tensor& keys, const Tensor& values,
-                  const Tensor& positions, const Tensor& slots, double scale,
-                  const std::optional<Tensor>& key_scales,
-                  const std::optional<Tensor>& value_scales) {
-  TORCH_CHECK(q.dim() == 4 && q.stride(3) == 1, "queries must be [B, H, T, D], of whole heads");
-  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
+// The cache of keys and values of a dtype, or of int8 with their scales.
+Cache cache_of(TensorList buffers, int64_t dim, at::ScalarType dtype) {
+  const Tensor &keys = buffers[0], &values = buffers[1];
   check(keys, {-1, -1, -1, dim}, "the keys' cache");
   check(values, keys.sizes(), "the values' cache");
-  check(positions, {batch}, "positions");
-  check(slots, {batch}, "slots");
-  const float *key_scale = nullptr, *value_scale = nullptr;
-  if (key_scales && value_scales) {
-    check(*key_scales, keys.sizes().slice(0, 3), "the keys' scales");
-    check(*value_scales, keys.sizes().slice(0, 3), "the values' scales");
-    key_scale = key_scales->const_data_ptr<float>();
-    value_scale = value_scales->const_data_ptr<float>();
-  }
-  const auto stored = key_scale ? at::kChar : q.scalar_type();
+  const bool is_scaled = buffers.size() > 2;
+  const auto stored = is_scaled ? at::kChar : dtype;
   TORCH_CHECK(keys.scalar_type() == stored && values.scalar_type() == stored,
               "the cache is of ", keys.scalar_type(), "; it must be of ", stored);
+  for (const Tensor& scales : buffers.slice(2)) check(scales, keys.sizes().slice(0, 3), "scales");
+  const auto scale = [&](size_t i) {
+    return is_scaled ? buffers[i].mutable_data_ptr<float>() : nullptr;
+  };
+  return {keys.mutable_data_ptr(), values.mutable_data_ptr(), scale(2), scale(3), keys.size(1),
+          keys.size(2)};
+}
+
+Tensor attend_few(const Tensor& q, TensorList buffers, const Tensor& positions,
+                  const Tensor& slots, double scale) {
+  TORCH_CHECK(q.dim() == 4 && q.stride(3) == 1, "queries must be [B, H, T, D], of whole heads");
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
+  check(positions, {batch}, "positions");
+  check(slots, {batch}, "slots");
+  const Cache cache = cache_of(buffers, dim, q.scalar_type());
   Tensor out = at::empty({batch, tokens, heads, dim}, q.options());
   const Queries queries{q.const_data_ptr(), batch,       heads,      tokens, dim,
                         q.stride(0),        q.stride(1), q.stride(2)};
-  const Cache cache{keys.const_data_ptr(), values.const_data_ptr(), key_scale,
-                    value_scale,           keys.size(1),            keys.size(2)};
   check_memory(attend(&queries, &cache, positions.const_data_ptr<int64_t>(),
                       slots.const_data_ptr<int64_t>(), scale, type_of(q), out.mutable_data_ptr(),
                       at::get_num_threads()));
+  return out;
+}
+
+Tensor layer_few(const Tensor& hidden, TensorList norms, double eps, TensorList weights,
+                 const Options& scales, const Options& minima, const Options& biases,
+                 const Tensor& cos, const Tensor& sin, const Tensor& positions,
+                 const Tensor& write_indices, const Tensor& slots, double scale,
+                 TensorList buffers) {
+  const int64_t num_x = hidden.size(0), width = hidden.size(1), batch = positions.size(0);
+  const int64_t tokens = num_x / batch, dim = buffers[0].size(3);
+  check(hidden, {batch * tokens, width}, "hidden states");
+  for (const Tensor& norm : norms) check(norm, {width}, "a norm's weight");
+  for (const Tensor* table : {&cos, &sin}) check(*table, {batch, tokens, dim / 2}, "cos or sin");
+  for (const Tensor* index : {&write_indices, &slots}) check(*index, {batch}, "an index");
+  const Cache cache = cache_of(buffers, dim, hidden.scalar_type());
+  const int64_t *rows = write_indices.const_data_ptr<int64_t>(),
+                *owners = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < batch; i++)
+    TORCH_CHECK(rows[i] >= 0 && rows[i] + tokens <= cache.num_rows && owners[i] >= 0 &&
+                    owners[i] < buffers[0].size(0),
+                "row ", rows[i], " of slot ", owners[i], " is outside the cache");
+  Layer layer{norms[0].const_data_ptr(), norms[1].const_data_ptr(), float(eps), scale, {}};
+  const int64_t inner = weights[4].size(0), attended = weights[0].size(0);
+  const int64_t widths[] = {width, width, width, attended, width, width, inner};
+  const int64_t kept = cache.num_heads * dim;
+  const int64_t sizes[] = {-1, kept, kept, width, -1, inner, width};
+  for (size_t i = 0; i < 7; i++) {
+    const std::optional<Tensor> packed_scale = scales.get(i), minimum = minima.get(i), bias = biases.get(i);
+    PackedWeight& weight = layer.products[i].weight;
+    if (packed_scale) {
+      weight = packed_weight(weights[i], *packed_scale, minimum ? &*minimum : nullptr, widths[i]);
+    } else {
+      check(weights[i], {-1, widths[i]}, "a weight");
+      weight.packed = static_cast<const uint8_t*>(weights[i].const_data_ptr());
+      weight.num_rows = weights[i].size(0);
+      weight.bits = 8 * weights[i].element_size();
+    }
+    TORCH_CHECK(sizes[i] < 0 || weight.num_rows == sizes[i], "a weight of ", weight.num_rows,
+                " rows; it must have ", sizes[i]);
+    if (bias) check(*bias, {weight.num_rows}, "a bias");
+    layer.products[i].bias = bias ? bias->const_data_ptr() : nullptr;
+  }
+  Tensor out = at::empty(hidden.sizes(), hidden.options());
+  const Tokens given{hidden.const_data_ptr(), type_of(hidden), batch, tokens, width, dim,
+                     cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                     positions.const_data_ptr<int64_t>(), rows, owners, cache};
+  check_memory(run_layer(&layer, &given, out.mutable_data_ptr(), at::get_num_threads()));
   return out;
 }
 
@@ -114,4 +169,5 @@ TORCH_LIBRARY_IMPL(llamac, CPU, library) {
   library.impl("multiply_few", multiply_few);
   library.impl("multiply_few_packed", multiply_few_packed);
   library.impl("attend_few", attend_few);
+  library.impl("layer_few", layer_few);
 }

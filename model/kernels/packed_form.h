@@ -1,4 +1,5 @@
-// A block of a packed weight's bytes as a vector, and how its fields become factors of products.
+// A block of a packed weight's bytes as a vector, how its fields become factors of products, and what
+// they are multiplied with.
 #pragma once
 
 #include "vectors.h"
@@ -9,23 +10,42 @@ template <int BITS>
 struct FloatForm {
   static constexpr int COLUMNS = 32 / BITS;  // of a lane
   static constexpr int VECTORS = COLUMNS;    // of a block's x
-  using Factor = Floats;
+  struct Factors {
+    Floats fields[COLUMNS];
+  };
 
   // The last field is shifted: masked in place it could be negative.
   static constexpr bool is_shifted(int field) { return field == COLUMNS - 1; }
 
-  static Factor factor(Words words, int field) {
-    if (is_shifted(field)) return shifted(words, 32 - BITS);
-    return masked(words, ((1u << BITS) - 1) << (BITS * field));
+  static Factors factors(Words words) {
+    Factors result;
+#pragma GCC unroll 8
+    for (int field = 0; field < COLUMNS; field++)
+      result.fields[field] = is_shifted(field)
+                                 ? shifted(words, 32 - BITS)
+                                 : masked(words, ((1u << BITS) - 1) << (BITS * field));
+    return result;
   }
-  static Floats multiply(Factor factor, Floats x, Floats sums) {
-    return multiply_add(factor, x, sums);
+  // Of every lane's fields.
+  static Floats multiply(const Factors& factors, const float* x) {
+    Floats even = zeros(), odd = zeros();
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i += 2) {
+      even = multiply_add(factors.fields[i], load(x + i * LANES), even);
+      odd = multiply_add(factors.fields[i + 1], load(x + (i + 1) * LANES), odd);
+    }
+    return add(even, odd);
   }
-  static void arrange(const float* columns, float* x) {
+  // A block's columns as `multiply` takes them, and the sum of every lane's.
+  static void arrange(const float* columns, float* x, float* sums) {
+    for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;
     for (int field = 0; field < COLUMNS; field++) {
       const float power = is_shifted(field) ? 1.f : 1.f / float(1u << (BITS * field));
-      for (int lane = 0; lane < LANES; lane++)
-        x[field * LANES + lane] = columns[lane * COLUMNS + field] * power;
+      for (int lane = 0; lane < LANES; lane++) {
+        const float column = columns[lane * COLUMNS + field];
+        x[field * LANES + lane] = column * power;
+        sums[lane] += column;
+      }
     }
   }
 };
@@ -33,28 +53,107 @@ struct FloatForm {
 #ifdef LLAMAC_BRAINS
 // For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
 struct BrainForm {
-  static constexpr int COLUMNS = 8;
-  static constexpr int VECTORS = 4;
-  using Factor = __m512bh;
+  static constexpr int COLUMNS = 8, VECTORS = 4;
+  struct Factors {
+    __m512bh fields[VECTORS];
+  };
 
-  static Factor factor(Words words, int field) {
+  static Factors factors(Words words) {
     // The numbers 0 to 15, twice: of an index's bits the fifth, a neighbour's, changes nothing.
     alignas(64) static constexpr uint16_t TABLE[32] = {
         0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
         0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
         0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    const Words index = field ? _mm512_srli_epi16(words, unsigned(4 * field)) : words;
-    return (__m512bh)_mm512_permutexvar_epi16(index, _mm512_load_si512(TABLE));
-  }
-  static Floats multiply(Factor factor, Floats x, Floats sums) {
-    return _mm512_dpbf16_ps(sums, factor, (__m512bh)x);
-  }
-  static void arrange(const float* columns, float* x) {
-    uint16_t* halves = reinterpret_cast<uint16_t*>(x);
-    for (int lane = 0; lane < 2 * LANES; lane++)
+    const Words table = _mm512_load_si512(TABLE);
+    Factors result;
 #pragma GCC unroll 4
-      for (int field = 0; field < 4; field++)
-        halves[field * 2 * LANES + lane] = uint16_t(to_bits(columns[lane * 4 + field]) >> 16);
+    for (int i = 0; i < VECTORS; i++) {
+      const Words index = i ? _mm512_srli_epi16(words, unsigned(4 * i)) : words;
+      result.fields[i] = (__m512bh)_mm512_permutexvar_epi16(index, table);
+    }
+    return result;
+  }
+  static Floats multiply(const Factors& factors, const float* x) {
+    Floats even = zeros(), odd = zeros();
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; i += 2) {
+      even = _mm512_dpbf16_ps(even, factors.fields[i], (__m512bh)load(x + i * LANES));
+      odd = _mm512_dpbf16_ps(odd, factors.fields[i + 1], (__m512bh)load(x + (i + 1) * LANES));
+    }
+    return add(even, odd);
+  }
+  static void arrange(const float* columns, float* x, float* sums) {
+    Words brains[VECTORS];  // of 32 columns each
+    for (int i = 0; i < VECTORS; i++) {
+      const auto half = [&](int h) {
+        const Words bits = load_words(columns + (2 * i + h) * LANES);
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+      };
+      brains[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(1), 1);
+    }
+    // Every fourth column from the field's on, 16 of them from two vectors.
+    alignas(64) uint16_t every[32];
+    for (int i = 0; i < 32; i++) every[i] = uint16_t(i % 16 * 4);
+    const Words ones = _mm512_set1_epi16(0x3F80);
+    Floats totals = zeros();
+    for (int field = 0; field < VECTORS; field++) {
+      const Words index = _mm512_add_epi16(load_words(every), _mm512_set1_epi16(short(field)));
+      const Words low = _mm512_permutex2var_epi16(brains[0], index, brains[1]);
+      const Words high = _mm512_permutex2var_epi16(brains[2], index, brains[3]);
+      const Words own = _mm512_mask_blend_epi32(0xFF00, low, high);
+      _mm512_storeu_si512(x + field * LANES, own);
+      totals = _mm512_dpbf16_ps(totals, (__m512bh)own, (__m512bh)ones);
+    }
+    store(sums, totals);
+  }
+};
+#endif
+
+#ifdef LLAMAC_BYTES
+// For an x of bfloat16 and 8 bits: the four numbers of a lane become integers of 15 bits and a scale,
+// each within 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and
+// lower halves are bytes, which are multiplied as bytes.
+struct ByteForm {
+  static constexpr int COLUMNS = 4, VECTORS = 3;
+  static constexpr float LARGEST = 127 * 128 + 63;
+  struct Factors {
+    Words bytes;
+  };
+
+  static Factors factors(Words words) { return {words}; }
+  static Floats multiply(const Factors& factors, const float* x) {
+    const Words none = _mm512_setzero_si512();
+    const Words high = _mm512_dpbusd_epi32(none, factors.bytes, load_words(x));
+    const Words low = _mm512_dpbusd_epi32(none, factors.bytes, load_words(x + LANES));
+    const Words total = _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(total), load(x + 2 * LANES));
+  }
+  static void arrange(const float* columns, float* x, float* sums) {
+    const Words lanes = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 2);
+    Floats fields[COLUMNS], most = zeros();
+    for (int field = 0; field < COLUMNS; field++) {
+      fields[field] = _mm512_i32gather_ps(lanes, columns + field, 4);
+      most = _mm512_max_ps(_mm512_abs_ps(fields[field]), most);
+    }
+    const Floats scale = _mm512_mul_ps(most, spread(1 / LARGEST));
+    const __mmask16 has_any = _mm512_cmp_ps_mask(scale, zeros(), _CMP_NEQ_UQ);
+    const Floats inverse = _mm512_maskz_div_ps(has_any, spread(1), scale);
+    Words upper = _mm512_setzero_si512(), lower = upper, total = upper;
+#pragma GCC unroll 4
+    for (int field = 0; field < COLUMNS; field++) {
+      const Words number = _mm512_cvtps_epi32(_mm512_mul_ps(fields[field], inverse));
+      const Words high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(64)), 7);
+      const Words low = _mm512_sub_epi32(number, _mm512_slli_epi32(high, 7));
+      const __mmask64 own = 0x1111111111111111u << field;
+      upper = _mm512_mask_blend_epi8(own, upper, _mm512_slli_epi32(high, unsigned(8 * field)));
+      lower = _mm512_mask_blend_epi8(own, lower, _mm512_slli_epi32(low, unsigned(8 * field)));
+      total = _mm512_add_epi32(total, number);
+    }
+    _mm512_storeu_si512(x, upper);
+    _mm512_storeu_si512(x + LANES, lower);
+    store(x + 2 * LANES, scale);
+    store(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
   }
 };
 #endif

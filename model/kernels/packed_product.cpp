@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <numeric>
 
 #include "packed_form.h"
 #include "packed_weight.h"
@@ -27,7 +28,8 @@ constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // doesn't stay in the first cache beside them.
 constexpr int64_t RUNS = 2, LONG_X_RUNS = 4, FETCHED_AHEAD = 512;
 
-// x as a form reads it: [block, row of x] of the form's vectors, padded with zeros.
+// x as a form reads it: [block, row of x] of the form's vectors, padded with zeros; and the sums of
+// its lanes, [row of x, block, lane].
 template <class Form>
 struct Arranged {
   static constexpr int64_t COLUMNS = LANES * Form::COLUMNS;  // of a block
@@ -35,15 +37,18 @@ struct Arranged {
 
   static int64_t num_blocks(const X& x) { return divide_up(x.width, COLUMNS); }
   static int64_t num_floats(const X& x) { return num_blocks(x) * x.num_rows * FLOATS; }
+  static int64_t num_sums(const X& x) { return num_blocks(x) * x.num_rows * LANES; }
 
   static void fill(const X& x, float* vectors, int num_threads) {
+    float* sums = vectors + num_floats(x);
 #pragma omp parallel for num_threads(num_threads) if (x.num_rows > 1)
     for (int64_t place = 0; place < num_blocks(x) * x.num_rows; place++) {
-      const int64_t first = place / x.num_rows * COLUMNS, row = place % x.num_rows;
+      const int64_t block = place / x.num_rows, row = place % x.num_rows, first = block * COLUMNS;
       float columns[COLUMNS] = {};
       to_floats(x.values, x.type, row * x.width + first, std::min(COLUMNS, x.width - first),
                 columns);
-      Form::arrange(columns, vectors + place * FLOATS);
+      Form::arrange(columns, vectors + place * FLOATS,
+                    sums + (row * num_blocks(x) + block) * LANES);
     }
   }
 };
@@ -57,23 +62,17 @@ int group_shift(const PackedWeight& weight) {
 
 int64_t num_groups(const PackedWeight& weight, const X& x) { return x.width / weight.group; }
 
-// Of each row of x and group of the weight the columns' sum, padded with zeros to vectors, times what
-// the scale or the minimum is multiplied by.
-void fill_group_sums(const PackedWeight& weight, const X& x, float* sums, int num_threads) {
-  const int64_t padded = divide_up(num_groups(weight, x), LINE) * LINE;
-#pragma omp parallel for num_threads(num_threads) if (x.num_rows > 1)
-  for (int64_t place = 0; place < x.num_rows * padded; place++) {
-    const int64_t row = place / padded, group = place % padded;
-    Floats total = zeros();
-    if (group < num_groups(weight, x)) {
-      const int64_t begin = row * x.width + group * weight.group;
-      for (int64_t i = 0; i < weight.group; i += LANES) {
-        float columns[LANES] = {};
-        to_floats(x.values, x.type, begin + i, std::min(LANES, weight.group - i), columns);
-        total = add(total, load(columns));
-      }
-    }
-    sums[place] = sum(total) * (weight.minimum ? 1 : -float(1 << (weight.bits - 1)));
+// Of each row of x and group of the weight the columns' sum, padded with zeros to vectors.
+template <class Form>
+void fill_group_sums(const PackedWeight& weight, const X& x, const float* vectors, float* sums) {
+  const int64_t groups = num_groups(weight, x), padded = divide_up(groups, LINE) * LINE;
+  const int64_t lanes = weight.group / Form::COLUMNS;  // of a group
+  const float* lane_sums = vectors + Arranged<Form>::num_floats(x);
+  for (int64_t row = 0; row < x.num_rows; row++, sums += padded) {
+    const float* own = lane_sums + row * Arranged<Form>::num_blocks(x) * LANES;
+    std::fill(sums + groups, sums + padded, 0.f);
+    for (int64_t group = 0; group < groups; group++)
+      sums[group] = std::accumulate(own + group * lanes, own + (group + 1) * lanes, 0.f);
   }
 }
 
@@ -130,28 +129,16 @@ void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int6
     for (int64_t m = 0; m < num_x; m++) sums[r][m] = load(row_sums + (r * num_x + m) * LANES);
 
   const auto add_block = [&](const Words* words, int64_t block) __attribute__((always_inline)) {
-    typename Form::Factor factors[ROWS][Form::VECTORS];
+    typename Form::Factors factors[ROWS];
     Floats scale[ROWS];
     for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 8
-      for (int i = 0; i < Form::VECTORS; i++) factors[r][i] = Form::factor(words[r], i);
+      factors[r] = Form::factors(words[r]);
       scale[r] = take(scales + r * groups + (block * COLUMNS >> shift), lane_groups);
     }
     const float* vectors = job.vectors + block * num_x * FLOATS;
-    for (int64_t m = 0; m < num_x; m++, vectors += FLOATS) {
-      Floats even[ROWS], odd[ROWS];
-      for (int r = 0; r < ROWS; r++) even[r] = odd[r] = zeros();
-#pragma GCC unroll 4
-      for (int i = 0; i < Form::VECTORS; i += 2) {
-        const Floats x_even = load(vectors + i * LANES), x_odd = load(vectors + (i + 1) * LANES);
-        for (int r = 0; r < ROWS; r++) {
-          even[r] = Form::multiply(factors[r][i], x_even, even[r]);
-          odd[r] = Form::multiply(factors[r][i + 1], x_odd, odd[r]);
-        }
-      }
+    for (int64_t m = 0; m < num_x; m++, vectors += FLOATS)
       for (int r = 0; r < ROWS; r++)
-        sums[r][m] = multiply_add(add(even[r], odd[r]), scale[r], sums[r][m]);
-    }
+        sums[r][m] = multiply_add(Form::multiply(factors[r], vectors), scale[r], sums[r][m]);
   };
   const int64_t num_inside = (limit - bytes - (ROWS - 1) * stride) / BLOCK_BYTES;
   for (int64_t block = first; block < std::min(last, num_inside); block++) {
@@ -187,26 +174,27 @@ void begin(const Job<Form>& job, const Rows& rows) {
   const PackedWeight& weight = job.weight;
   const Scratch& scratch = job.scratch;
   const int64_t groups = num_groups(weight, job.x), padded = divide_up(groups, LINE) * LINE;
-  const float* offsets = weight.minimum ? scratch.offsets : scratch.scales;
+  const Floats zero_point = spread(-float(1 << (weight.bits - 1)));
   for (int64_t row = 0; row < rows.count; row++) {
     const int64_t first = (rows.first + row * rows.step) * groups, place = row * groups;
-    to_floats(weight.scale, weight.scale_type, first, groups, scratch.scales + place);
-    if (weight.minimum)
-      to_floats(weight.minimum, weight.minimum_type, first, groups, scratch.offsets + place);
-  }
-  // Read for columns behind x's last and groups behind a row's last, for which x has zeros.
-  for (int64_t i = 0; i < LINE; i += LANES) {
-    store(scratch.scales + rows.count * groups + i, zeros());
-    store(scratch.offsets + rows.count * groups + i, zeros());
-  }
-  for (int64_t row = 0; row < rows.count; row++)
+    for (int64_t i = 0; i < groups; i += LANES) {
+      const Floats scales = load_as(weight.scale, weight.scale_type, first + i, groups - i);
+      store(scratch.scales + place + i, scales);
+      store(scratch.offsets + place + i,
+            weight.minimum ? load_as(weight.minimum, weight.minimum_type, first + i, groups - i)
+                           : multiply_add(zero_point, scales, zeros()));
+    }
     for (int64_t m = 0; m < job.x.num_rows; m++) {
       Floats sums = zeros();
       for (int64_t i = 0; i < groups; i += LANES)
-        sums = multiply_add(load(offsets + row * groups + i), load(job.group_sums + m * padded + i),
-                            sums);
+        sums = multiply_add(load(scratch.offsets + place + i),
+                            load(job.group_sums + m * padded + i), sums);
       store(scratch.sums + (row * job.x.num_rows + m) * LANES, sums);
     }
+  }
+  // Read for columns behind x's last, for which x has zeros.
+  for (int64_t i = 0; i < LINE; i += LANES)
+    store(scratch.scales + rows.count * groups + i, zeros());
 }
 
 // Writes the rows' results.
@@ -254,18 +242,16 @@ void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
   }
 }
 
-#ifdef LLAMAC_BRAINS
-bool is_brain(const X& x) { return x.type == BFLOAT16; }
-#else
-using BrainForm = FloatForm<4>;
-bool is_brain(const X&) { return false; }
-#endif
-
 // Calls the generic function with the form of this x and these bits.
 template <class Function>
 void with_form(const X& x, int64_t bits, Function function) {
+#ifdef LLAMAC_BRAINS
+  if (x.type == BFLOAT16 && bits == 4) return function(BrainForm());
+#endif
+#ifdef LLAMAC_BYTES
+  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm());
+#endif
   if (bits == 8) function(FloatForm<8>());
-  else if (is_brain(x)) function(BrainForm());
   else function(FloatForm<4>());
 }
 
@@ -281,7 +267,10 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   for (int i = 0; i < 2; i++) {
     arranged[i] = size;
     if (is_used[i])
-      with_form(x, 4 * (i + 1), [&](auto form) { size += Arranged<decltype(form)>::num_floats(x); });
+      with_form(x, 4 * (i + 1), [&](auto form) {
+        using Own = Arranged<decltype(form)>;
+        size += Own::num_floats(x) + Own::num_sums(x);
+      });
   }
   const int64_t sums = size, sums_each = num_x * divide_up(divide_up(width, 16), LINE) * LINE;
   const int64_t own = sums + num_weights * sums_each;
@@ -295,7 +284,10 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
         Arranged<decltype(form)>::fill(x, scratch + arranged[i], int(num_threads));
       });
   for (int64_t i = 0; i < num_weights; i++)
-    fill_group_sums(weights[i], x, scratch + sums + i * sums_each, int(num_threads));
+    with_form(x, weights[i].bits, [&](auto form) {
+      fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
+                                      scratch + sums + i * sums_each);
+    });
 #pragma omp parallel num_threads(int(num_threads))
   {
     const int64_t thread = thread_index(), count = thread_count();

@@ -32,9 +32,31 @@ struct Queries {
 // [slots, num_heads, num_rows, head_dim], contiguous, of the queries' type; or int8, with scales
 // [slots, num_heads, num_rows].
 struct Cache {
-  const void *keys, *values;
-  const float *key_scales, *value_scales;  // or null
+  void *keys, *values;
+  float *key_scales, *value_scales;  // or null
   int64_t num_heads, num_rows;
+};
+
+// What a layer is called with; of float32, bfloat16 or float16, as its norms and its cache are.
+struct Tokens {
+  const void* hidden;  // [num_rows * num_tokens, width]
+  int64_t type, num_rows, num_tokens, width, head_dim;
+  const float *cos, *sin;                           // [num_rows * num_tokens, head_dim / 2]
+  const int64_t *positions, *write_indices, *slots;  // [num_rows]
+  Cache cache;
+};
+
+// A weight without scales is of `bits` 16 or 32, of the hidden states' type.
+struct Product {
+  PackedWeight weight;
+  const void* bias;  // or null
+};
+
+struct Layer {
+  const void *input_norm, *attention_norm;
+  float eps;
+  double scale;  // of queries times keys
+  Product products[7];  // q, k, v, o, gate, up, down
 };
 
 extern "C" {
@@ -52,4 +74,7 @@ void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num
 // head_dim], contiguous, of the queries' type.
 int attend(const Queries* queries, const Cache* cache, const int64_t* positions,
            const int64_t* slots, double scale, int64_t type, void* out, int64_t num_threads);
+
+// The tokens through a decoder layer, their keys and values into its cache; out is like hidden.
+int run_layer(const Layer* layer, const Tokens* tokens, void* out, int64_t num_threads);
 }

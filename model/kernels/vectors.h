@@ -11,6 +11,9 @@
 #ifdef __AVX512BF16__
 #define LLAMAC_BRAINS  // products of bfloat16
 #endif
+#ifdef __AVX512VNNI__
+#define LLAMAC_BYTES  // products of bytes
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LLAMAC_AVX2
 #endif
@@ -46,6 +49,10 @@ inline Floats spread(float value) { return _mm512_set1_ps(value); }
 inline Floats low_brains(Words words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
 inline Floats high_brains(Words words) {
   return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xFFFF0000))));
+}
+inline Floats load_brains(const uint16_t* from) {
+  const __m256i brains = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(brains), 16));
 }
 inline Floats load_halves(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -111,6 +118,10 @@ inline Floats spread(float value) { return _mm256_set1_ps(value); }
 inline Floats low_brains(Words words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
 inline Floats high_brains(Words words) {
   return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))));
+}
+inline Floats load_brains(const uint16_t* from) {
+  const __m128i brains = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(brains), 16));
 }
 inline Floats load_halves(const uint16_t* from) {
 #ifdef __F16C__
@@ -201,6 +212,9 @@ inline Floats low_brains(Words words) {
 inline Floats high_brains(Words words) {
   return each<Floats>([&](int i) { return from_bits(words.lane[i] & 0xFFFF0000); });
 }
+inline Floats load_brains(const uint16_t* from) {
+  return each<Floats>([&](int i) { return from_bfloat16(from[i]); });
+}
 inline Floats load_halves(const uint16_t* from) {
   return each<Floats>([&](int i) { return from_float16(from[i]); });
 }
@@ -220,5 +234,16 @@ inline void store_brains(uint16_t* to, Floats value) {
 #endif
 
 constexpr int64_t BLOCK_BYTES = 4 * LANES;  // of a vector
+
+// The numbers of a type from index `first` on, of which `count` are there; zeros behind them.
+inline Floats load_as(const void* from, int64_t type, int64_t first, int64_t count) {
+  const uint16_t* halves = static_cast<const uint16_t*>(from) + first;
+  if (count >= LANES && type == FLOAT32) return load(static_cast<const float*>(from) + first);
+  if (count >= LANES && type == FLOAT16) return load_halves(halves);
+  if (count >= LANES) return load_brains(halves);
+  float values[LANES] = {};
+  to_floats(from, type, first, count, values);
+  return load(values);
+}
 
 }  // namespace
