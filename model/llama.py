@@ -206,14 +206,15 @@ class Llama(nn.Module):
             input_ids: [B, T] int64.
             positions: [B] int64, absolute position of each row's first token (RoPE, mask).
             write_indices: [B] int64, cache row that token is written to.
-            logit_indices: [B, N] int64, which of the T tokens the head runs on.
+            logit_indices: [B, N] int64, which of the T tokens the head runs on; or [1, N], which of
+                all B * T.
             cache: The rows so far; written by `attention`.
             attention: The seam; see Attention.
             slots: [B] int64, the cache slot of each row; None is each row's own number.
             run_layer: How a layer is called.
 
         Returns:
-            [B, N, V] float32 logits.
+            [B, N, V] float32 logits; or [1, N, V].
         """
         batch_size, num_tokens = input_ids.shape
         if slots is None:
@@ -227,10 +228,11 @@ class Llama(nn.Module):
                 layer, attention, hidden, cos, sin, positions, write_indices, slots, *buffers
             )
 
-        starts = torch.arange(batch_size, device=positions.device)[:, None] * num_tokens
+        num_parts = len(logit_indices)
+        starts = torch.arange(num_parts, device=positions.device)[:, None] * num_tokens
         hidden = hidden.index_select(0, (starts + logit_indices).flatten())  # [B*N, E]
         logits = self.lm_head(self.model.norm(hidden))
-        return logits.float().view(batch_size, -1, logits.shape[-1])
+        return logits.float().view(num_parts, -1, logits.shape[-1])
 
 
 class RMSNorm(nn.Module):

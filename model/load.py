@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +65,7 @@ def load_backend(
     max_seq_len: int | None = None,
     prefill_len: int | tuple[int, ...] | None = None,
     num_guesses: int = 0,
+    mixed_lens: tuple[int, ...] = (),
     threads: int | None = None,
     tensor_parallel: int = 1,
     all_logits: bool = False,
@@ -85,6 +86,7 @@ def load_backend(
         max_seq_len: S; None is max_position_embeddings, at most 2048.
         prefill_len: P, or several, ascending; None is 16 and 128, at most S.
         num_guesses: How many ids a step may check beside the newest; 0 is one token a step.
+        mixed_lens: Rows of steps that take tokens of any slots, ascending; () makes none.
         threads: CPU threads, of each rank; None leaves torch's number, of several ranks on this
             machine their share of the cores.
         tensor_parallel: How many ranks hold the model together, each a process; if one is lost,
@@ -133,6 +135,7 @@ def load_backend(
         "max_seq_len": max_seq_len,
         "prefill_len": prefill_len,
         "num_guesses": num_guesses,
+        "mixed_lens": mixed_lens,
         "threads": threads,
         "all_logits": all_logits,
     }
@@ -169,6 +172,7 @@ def load_part(
     max_seq_len: int | None,
     prefill_len: int | tuple[int, ...] | None,
     num_guesses: int,
+    mixed_lens: Sequence[int],
     threads: int | None,
     all_logits: bool,
     progress: Callable[[str], None] = lambda _: None,
@@ -187,6 +191,7 @@ def load_part(
         max_seq_len: See load_backend.
         prefill_len: See load_backend.
         num_guesses: See load_backend.
+        mixed_lens: See load_backend.
         threads: See load_backend.
         all_logits: See load_backend.
         progress: See load_backend.
@@ -223,6 +228,7 @@ def load_part(
             max_seq_len=shape.max_seq_len,
             prefill_lens=shape.prefill_lens,
             num_guesses=num_guesses,
+            mixed_lens=tuple(mixed_lens),
             cache_dtype=getattr(torch, kv_dtype or dtype),
             compile=compile,
             all_logits=all_logits,

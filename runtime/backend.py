@@ -29,7 +29,7 @@ class StepInputs:
         input_ids: [B, T] token ids; padding ids must be valid too.
         positions: [B] absolute position of each row's first token (RoPE, mask).
         write_indices: [B] cache row that token is written to.
-        logit_indices: [B, N] which of the T tokens get logits.
+        logit_indices: [B, N] which of the T tokens get logits; of a mixed step [1, N], which rows.
         slots: [B] cache slot of each row; a graph is bound to its slots' memory instead.
     """
 
@@ -69,10 +69,12 @@ class StaticShape:
         num_positions: Rows of the RoPE tables; no token can have this position or a later one.
         vocab_size: V, width of the logits.
         num_guesses: Ids behind the newest that `extend` takes; 0 where there is no such step.
+        mixed_lens: Rows of a step that `mix` runs, ascending, each more than B; the fewest that
+            hold the tokens are used. () where there is no such step.
 
     Raises:
-        ValueError: A size is not positive, a chunk is longer than the cache, or the RoPE tables
-            have fewer rows than the cache.
+        ValueError: A size is not positive, a chunk is longer than the cache, the RoPE tables have
+            fewer rows than the cache, or a mixed step not more than there are slots.
     """
 
     batch_size: int
@@ -81,6 +83,7 @@ class StaticShape:
     num_positions: int
     vocab_size: int
     num_guesses: int = 0
+    mixed_lens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_seq_len", "vocab_size"):
@@ -97,6 +100,11 @@ class StaticShape:
             raise ValueError(
                 f"num_positions is {self.num_positions}; "
                 f"it must be at least max_seq_len, {self.max_seq_len}"
+            )
+        if list(self.mixed_lens) != sorted({n for n in self.mixed_lens if n > self.batch_size}):
+            raise ValueError(
+                f"mixed_lens is {self.mixed_lens}; give ascending numbers above batch_size, "
+                f"{self.batch_size}"
             )
 
     @property
@@ -133,7 +141,7 @@ class StaticShape:
                 f"{self.max_seq_len} it may start at 0 to {self.max_seq_len - length}"
             )
         padded = np.zeros((1, length), np.int64)
-        padded[0, : len(ids)] = self._check_ids(ids)
+        padded[0, : len(ids)] = self.check_ids(ids)
         position = np.array([start])
         return StepInputs(
             input_ids=padded,
@@ -162,7 +170,7 @@ class StaticShape:
                 f"ids have shape {np.shape(ids)} and positions {np.shape(positions)}; both must be "
                 f"({self.batch_size},), one for every slot"
             )
-        tokens, places, last = self._check_ids(ids), np.asarray(positions), self.num_positions - 1
+        tokens, places, last = self.check_ids(ids), np.asarray(positions), self.num_positions - 1
         if places.dtype.kind not in "iu" or places.min() < 0 or places.max() > last:
             raise ValueError(f"positions are {places.tolist()}; allowed are 0 to {last}")
         return StepInputs(
@@ -202,11 +210,12 @@ class StaticShape:
             )
         return replace(
             first,
-            input_ids=self._check_ids(ids),
+            input_ids=self.check_ids(ids),
             logit_indices=np.tile(np.arange(tokens), (self.batch_size, 1)),
         )
 
-    def _check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    def check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Refuses ids that the model doesn't have; returns them as int64."""
         given = np.asarray(ids)
         if given.dtype.kind not in "iu":
             raise ValueError(f"ids are {given.dtype}; they must be int64")
@@ -287,6 +296,29 @@ class Backend(Protocol):
 
         Returns:
             [B, 1 + num_guesses, V] float32 logits, valid until the next call.
+        """
+        ...
+
+    def mix(
+        self,
+        slots: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logit_rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Runs tokens of any slots in one step, where shape.mixed_lens isn't empty.
+
+        Each sees what its slot holds up to its own position, the step's other tokens included. Past
+        the cache the window rolls, as in a decode; a slot may then have one token.
+
+        Args:
+            slots: [n] int64 slot of each token, n at most mixed_lens[-1].
+            ids: [n] int64 token ids.
+            positions: [n] int64 absolute positions.
+            logit_rows: Which of the n get logits: 1 to batch_size of them.
+
+        Returns:
+            [len(logit_rows), V] float32 logits, valid until the next call.
         """
         ...
 

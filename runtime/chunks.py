@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .backend import StaticShape
 
-__all__ = ["check_prompt", "next_chunk"]
+__all__ = ["check_prompt", "chunks_cost", "next_chunk"]
 
 # Of a chunk, in tokens: reading the weights takes as long as computing some 9 of them on a CPU and
 # 200 on a GPU.
@@ -58,6 +58,17 @@ def next_chunk(
     remaining = prompt_len - num_prefilled
     longest = shape.prefill_len if longest is None else longest
     lens = [n for n in shape.prefill_lens if n <= longest] or shape.prefill_lens[:1]
-    chunk_len = min(reversed(lens), key=lambda n: -(-remaining // n) * (_FIXED_COST + n))
+    chunk_len = min(reversed(lens), key=lambda n: chunks_cost(remaining, n))
     start = min(num_prefilled, shape.max_seq_len - chunk_len)
     return start, min(start + chunk_len, prompt_len)
+
+
+def chunks_cost(num_tokens: int, chunk_len: int, *, num_others: int = 0) -> int:
+    """How long tokens take in chunks of one length, in the time of computing one of them.
+
+    Args:
+        num_tokens: How many there are.
+        chunk_len: Of each chunk.
+        num_others: How many tokens of a chunk are none of these.
+    """
+    return -(-num_tokens // (chunk_len - num_others)) * (_FIXED_COST + chunk_len)

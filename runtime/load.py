@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -13,6 +13,7 @@ from .backend import StaticShape
 from .bundle.manifest import MANIFEST_NAME, Manifest
 from .bundle.opening import open_bundle
 from .language_model import LanguageModel, RequestOptions
+from .mixed_step import mixed_lens
 from .sampling import SamplingParams
 from .speculation import check_exported, parse_speculate
 from .text.chat_template import ChatTemplate
@@ -267,9 +268,10 @@ class Source:
         if self.manifest is not None:
             backend, name, startup = self._open_bundle(progress)
         else:
-            backend, name, startup = self._load_checkpoint(
-                self.shape(default_batch=default_batch), all_logits, announce, progress
-            )
+            shape = self.shape(default_batch=default_batch)
+            if adaptive:
+                shape = replace(shape, mixed_lens=mixed_lens(shape.batch_size))
+            backend, name, startup = self._load_checkpoint(shape, all_logits, announce, progress)
         return LanguageModel(
             backend,
             tokenizer,
@@ -319,6 +321,7 @@ class Source:
             max_seq_len=shape.max_seq_len,
             prefill_len=self.options.get("prefill_len"),
             num_guesses=parse_speculate(self.options.get("speculate")),
+            mixed_lens=shape.mixed_lens,
             threads=self.options.get("threads"),
             tensor_parallel=self.options.get("tensor_parallel", 1),
             all_logits=all_logits,

@@ -187,7 +187,7 @@ class LiveRequest:
     decoder: StreamDecoder | None = None
     constraint: Constraint | None = None
     num_prefilled: int = 0
-    last_chunk: int = 0  # counts the chunks of all requests
+    last_fed: int = 0  # counts the steps that fed prompts, of all requests
 
     @property
     def deadline_s(self) -> float:
@@ -211,9 +211,14 @@ class LiveRequest:
         return self.request.prompt_logprobs is not None and not self.decoding
 
     @property
+    def ending(self) -> bool:
+        """Whether one id of the prompt is left, whose logits give the first token."""
+        return not self.decoding and self.num_prefilled + 1 == len(self.request.prompt_ids)
+
+    @property
     def next_id(self) -> int:
         """What a decode step feeds the request's slot."""
-        if self.scored:
+        if self.scored or self.ending:
             return self.request.prompt_ids[self.num_prefilled]
         return self.completion.ids[-1] if self.decoding else 0
 
@@ -223,10 +228,13 @@ class LiveRequest:
         num_new = len(self.completion.ids)
         return len(self.request.prompt_ids) + num_new - 1 if num_new else self.num_prefilled
 
-    def take_scored(self, logits: NDArray[np.float32]) -> None:
-        """Takes the [V] logits behind one of the prompt's ids."""
+    def advance(self, logits: NDArray[np.float32]) -> None:
+        """Takes the [V] logits behind next_id."""
         prompt_ids, completion = self.request.prompt_ids, self.completion
-        if self.num_prefilled + 1 == len(prompt_ids):
+        if self.decoding:
+            self.take(logits)
+            return
+        if self.ending:
             self.take(logits)
         else:
             logprobs = log_softmax(logits)

@@ -1,4 +1,4 @@
-"""Runs many requests through one backend: a slot each, one prefill chunk or one decode per step."""
+"""Runs many requests through one backend: a slot each; a step is a chunk, a decode or a mix."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from .backend import Backend
 from .chunks import check_prompt, next_chunk
+from .mixed_step import choose_rows, take_mixed
 from .prefix import Slot, read_kept, write_kept
 from .request import Completion, Constraint, Event, LiveRequest, Request
 from .sampling import Sampler
 from .speculation import take_several
 from .text.constraint import Grammar
 from .text.tokenizer import StreamDecoder, Tokenizer
+from .turns import Turns
 
 __all__ = ["QueueFullError", "Scheduler"]
-
-_MAX_STALL_S = 0.1  # that a prompt's chunk should keep others from their next token
 
 
 class QueueFullError(RuntimeError):
@@ -58,8 +58,8 @@ class Scheduler:
             keep_prefixes: Whether a prompt that begins like what a free slot still holds starts
                 there. The rows then come from other chunks, and logits may differ by a rounding.
             adaptive: Whether chunks and steps are chosen by what else runs: a slot that decodes
-                alone doesn't pay for all, and long chunks wait while others decode. Logits may
-                then differ by a rounding, too.
+                alone doesn't pay for all, prompts go beside others' tokens, and long chunks wait
+                while others decode. Logits may then differ by a rounding, too.
             max_queue: How many requests may wait for a slot; None is no limit.
             max_queued_tokens: How many ids their prompts may have, all together.
             constraints: Makes what holds a completion to its request's grammar.
@@ -81,8 +81,7 @@ class Scheduler:
         self._events: deque[Event] = deque()  # of requests without a sink
         self._num_submitted = 0
         self._decode_next = False
-        self._num_chunks = 0
-        self._chunk_s: dict[int, float] = {}  # the shortest time of each chunk length
+        self._turns = Turns(shape, adaptive=adaptive)
         # A stream that is let go cancels its request wherever the collector runs.
         self._lock = RLock()
 
@@ -155,7 +154,8 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Runs one prefill chunk, or one decode of all slots that are past their prompt.
 
-        The two alternate while there is work for both. If there are events already, from a cancel
+        The two alternate while there is work for both; if the scheduler is adaptive and the backend
+        has mixed steps, a step does both instead. If there are events already, from a cancel
         or an interrupted step, these are delivered and nothing is run. A request whose logits
         can't be sampled from ends with "error"; the others go on.
 
@@ -166,11 +166,14 @@ class Scheduler:
             self._end_late()
             if not self._events:
                 self._assign_slots()
-                taken = [slot for slot in self._slots if slot.live]
-                decoding = [slot for slot in taken if _decodes(slot)]
-                prompting = [slot for slot in taken if not _decodes(slot)]
-                if prompting and not (self._decode_next and decoding):
-                    self._prefill(min(prompting, key=_turn), longest=self._longest(bool(decoding)))
+                shape, turns = self._backend.shape, self._turns
+                decoding, prompting = turns.split(self._slots)
+                prefill_lens, mixed_lens = turns.lens(is_waited_for=bool(decoding))
+                if num_rows := choose_rows(shape, mixed_lens, decoding, prompting):
+                    take_mixed(self._backend, self._slots, decoding, prompting, num_rows, turns)
+                    self._forget_finished()
+                elif prompting and not (self._decode_next and decoding):
+                    self._prefill(prompting[0], longest=prefill_lens[-1])
                     self._decode_next = True
                 elif decoding:
                     self._decode(decoding)
@@ -231,14 +234,6 @@ class Scheduler:
             del self._unfinished[live.request_id]
             live.finish("timeout")
 
-    def _longest(self, decoding: bool) -> int:
-        """The longest chunk that nobody waits for too long."""
-        lens = self._backend.shape.prefill_lens
-        if not decoding or not self._adaptive:
-            return lens[-1]
-        short = [n for n in lens if self._chunk_s.get(n, 0.0) <= _MAX_STALL_S]
-        return max(short, default=lens[0])
-
     def _assign_slots(self) -> None:
         """Frees the slots of requests that have ended and fills them from the queue."""
         self._release_slots()
@@ -291,11 +286,8 @@ class Scheduler:
         started_s = time.perf_counter()
         logits = self._backend.prefill(self._slots.index(slot), prompt_ids[start:end], start)
         elapsed_s = time.perf_counter() - started_s
-        live.completion.prefill_s += elapsed_s
         chunk_len = next(n for n in shape.prefill_lens if n >= end - start)
-        self._chunk_s[chunk_len] = min(elapsed_s, self._chunk_s.get(chunk_len, elapsed_s))
-        self._num_chunks += 1
-        live.last_chunk = self._num_chunks
+        self._turns.count("prefill", chunk_len, elapsed_s, [live])
         if end == len(prompt_ids):
             live.take(logits)
         live.num_prefilled = end
@@ -305,8 +297,7 @@ class Scheduler:
         if not take_several(self._backend, self._slots, decoding):
             for slot, row in self._logits(decoding):
                 assert slot.live is not None
-                take = slot.live.take_scored if slot.live.scored else slot.live.take
-                take(row)
+                slot.live.advance(row)
         self._forget_finished()
 
     def _logits(self, decoding: Sequence[Slot]) -> Iterator[tuple[Slot, NDArray[np.float32]]]:
@@ -335,13 +326,3 @@ class Scheduler:
         for slot in self._slots:
             if slot.live is not None and slot.live.finished:
                 self._unfinished.pop(slot.live.request_id, None)
-
-
-def _turn(slot: Slot) -> tuple[int, int]:
-    """Prompts take their chunks in turn, new ones first."""
-    assert slot.live is not None
-    return slot.live.last_chunk, slot.live.request_id
-
-
-def _decodes(slot: Slot) -> bool:
-    return slot.live is not None and (slot.live.decoding or slot.live.scored)

@@ -122,8 +122,8 @@ def take_several(backend: Backend, slots: Sequence[Slot], decoding: Sequence[Slo
         live = slot.live
         if live is None or slot not in decoding:
             continue
-        if live.scored:
-            live.take_scored(logits[index, 0])
+        if not live.decoding:
+            live.advance(logits[index, 0])
             continue
         own = guesses.get(index, [])
         live.completion.num_guessed += len(own)

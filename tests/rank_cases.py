@@ -33,6 +33,7 @@ OPTIONS = {
     "device": "cpu",
     "kv_dtype": None,
     "num_guesses": 2,
+    "mixed_lens": (5,),
     "batch_size": 2,
     "max_seq_len": 24,
     "prefill_len": 8,
@@ -52,6 +53,8 @@ def logits_of(backend: Backend) -> np.ndarray:
     if backend.shape.num_guesses:
         several = backend.extend(np.array([IDS[12:15], IDS[13:16]]), np.array([12, 9]))
         rows.append(several.reshape(6, -1).copy())
+    slots, ids, positions = np.array([0, 1, 1, 1]), np.array(IDS[15:19]), np.array([15, 12, 13, 14])
+    rows.append(backend.mix(slots, ids, positions, [0, 3]).copy())
     return np.concatenate(rows)
 
 

@@ -23,6 +23,7 @@ from references import (
     prefill_chunks,
     random_ids,
 )
+from torch._dynamo.utils import counters
 
 from llamac.export import export_bundle
 from llamac.model import TorchBackend
@@ -31,17 +32,25 @@ from llamac.runtime.backend import Backend
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import SamplingParams
-from llamac.runtime.scheduler import Scheduler, generate
+from llamac.runtime.scheduler import Scheduler, generate, run_requests
 from variants import our_model, reference_model
 
 VARIANT = "llama-3.1"
 B, P, S = 4, 8, 28  # S is no multiple of P
 NUM_POSITIONS = 128
+MIXED = (6, 24)  # more than the operators for few rows take, too
 
 
 def torch_backend(folder: Path, *, compile: bool) -> TorchBackend:
     model = our_model(VARIANT, num_positions=NUM_POSITIONS)
-    return TorchBackend(model, batch_size=B, max_seq_len=S, prefill_lens=(P,), compile=compile)
+    return TorchBackend(
+        model,
+        batch_size=B,
+        max_seq_len=S,
+        prefill_lens=(P,),
+        mixed_lens=MIXED,
+        compile=compile,
+    )
 
 
 def ort_backend(folder: Path, *, target: str) -> OrtBackend:
@@ -194,6 +203,71 @@ def test_a_slot_that_rolled_to_a_position_rolls_there_again_after_a_new_prompt(b
         assert_close(decode_slot(backend, 0, ids[S], S), expected[S])
 
 
+# Tokens of any slots in one step
+
+
+@pytest.fixture
+def mixing(backend: Backend) -> Backend:
+    if not backend.shape.mixed_lens:
+        pytest.skip("graphs have no mixed steps")
+    return backend
+
+
+def mix(backend: Backend, *parts: tuple[int, list[int], int]) -> NDArray[np.float32]:
+    """Runs ids of slots from a position on; the logits of each part's last."""
+    return backend.mix(
+        np.concatenate([np.full(len(ids), slot) for slot, ids, _ in parts]),
+        np.concatenate([ids for _, ids, _ in parts]),
+        np.concatenate([np.arange(start, start + len(ids)) for _, ids, start in parts]),
+        (np.cumsum([len(ids) for _, ids, _ in parts]) - 1).tolist(),
+    ).copy()
+
+
+@pytest.mark.parametrize("num_rest", [1, 6, 13])
+def test_prompts_beside_tokens_equal_each_sequence_alone(mixing: Backend, num_rest: int):
+    decoded, expected = sequence(S, seed=1)
+    long, long_expected = sequence(S, seed=2)
+    short, short_expected = sequence(4, seed=3)
+    rolled, rolled_expected = sequence(S + 1, seed=4, window=S)
+    prefill_chunks(mixing, 0, decoded[:9])
+    prefill_chunks(mixing, 1, long[:5])
+    prefill_chunks(mixing, 3, rolled[:S])
+    rest = long[5 : 5 + num_rest]
+    found = mix(mixing, (0, decoded[9:10], 9), (3, rolled[S:], S), (2, short, 0), (1, rest, 5))
+    assert (found.shape, found.dtype) == ((4, VOCAB_SIZE), np.float32)
+    assert_close(found[0], expected[9])
+    np.testing.assert_allclose(found[1], rolled_expected[S], rtol=1e-4, atol=1e-4)
+    assert_close(found[2], short_expected[-1])
+    assert_close(found[3], long_expected[4 + num_rest])
+    # What was written is what other steps read, and padding wrote nothing else.
+    for number in range(4):
+        places = [10 + number, 5 + num_rest + number, 4, S + 1]
+        found = step(mixing, [decoded[places[0]], long[places[1]], 0, 0], places)
+        assert_close(found[0], expected[places[0]])
+        assert_close(found[1], long_expected[places[1]])
+
+
+def test_a_prompt_in_mixed_steps_to_the_last_row(mixing: Backend):
+    ids, expected = sequence(S, seed=5)
+    other, other_expected = sequence(9, seed=6)
+    mixing.prefill(0, other[:3], 0)
+    starts = (0, 1, 5, 9, 13, S - 4, S)
+    for number, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        position = 3 + number
+        found = mix(
+            mixing, (0, other[position : position + 1], position), (2, ids[start:end], start)
+        )
+        assert_close(found[0], other_expected[position])
+        assert_close(found[1], expected[end - 1])
+
+
+def test_few_of_the_rows_have_logits(mixing: Backend):
+    ids, expected = sequence(6, seed=7)
+    slots, positions = np.full(6, 3), np.arange(6)
+    for rows in ([5], [0, 2, 3, 5], [4, 1]):
+        assert_close(mixing.mix(slots, np.array(ids), positions, rows), expected[rows])
+
+
 # Slots are independent, calls leave nothing behind
 
 
@@ -273,6 +347,24 @@ def test_requests_in_a_batch_give_the_ids_they_give_alone(
     assert tokens(backend, requests) == alone
     for request, ids in zip(requests, alone, strict=True):
         assert len(ids) == (2 * S if policy == "roll" else S + 1 - len(request.prompt_ids))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_requests_in_mixed_steps_give_the_ids_they_give_alone(mixing: Backend, temperature: float):
+    requests = [
+        Request(
+            prompt_ids=tuple(random_ids(length, seed=length)),
+            max_new_tokens=3 * number + 2,
+            sampling=SamplingParams(temperature=temperature, seed=length),
+            limit_policy="roll",
+        )
+        for number, length in enumerate((3, S, 1, P, 2, 17, 20, 5, 11, S - 1, 7))
+    ]
+    scheduler = Scheduler(mixing, None, adaptive=True, keep_prefixes=True)
+    before = dict(counters["stats"])
+    together = [done.ids for done in run_requests(scheduler, requests)]
+    assert dict(counters["stats"]) == before  # compiled once
+    assert together == [tokens(mixing, [request])[0] for request in requests]
 
 
 def test_a_request_that_comes_later_changes_none(backend: Backend):

@@ -59,9 +59,15 @@ def test_no_graph_break_and_no_recompile_over_a_run(single: TorchBackend):
 @pytest.mark.slow
 def test_no_step_copies_the_cache():
     model = our_model("llama-2-gqa", num_positions=4096)
-    backend = TorchBackend(model, batch_size=2, max_seq_len=4096, prefill_lens=(CHUNK,))
+    backend = TorchBackend(
+        model, batch_size=2, max_seq_len=4096, prefill_lens=(CHUNK,), mixed_lens=(20,)
+    )
     zeros = np.array([0, 0])
-    for step in (lambda: backend.prefill(1, [1, 2, 3], 0), lambda: backend.decode(zeros, zeros)):
+    for step in (
+        lambda: backend.prefill(1, [1, 2, 3], 0),
+        lambda: backend.decode(zeros, zeros),
+        lambda: backend.mix(np.array([0, 1, 1]), np.array([4, 5, 6]), np.array([7, 3, 4]), [0, 2]),
+    ):
         with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             step()
         assert profile.profiler is not None

@@ -6,6 +6,7 @@ import pytest
 
 from llamac.model.config import LlamaConfig, RopeScaling
 from llamac.model.load import load_backend, static_shape
+from llamac.runtime.load import open_source
 from variants import SIZES
 
 CONFIG = LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
@@ -54,3 +55,9 @@ def test_unknown_devices_and_dtypes_are_refused(options: dict, message: str):
     """They used to run, or to end in errors of torch's own."""
     with pytest.raises(ValueError, match=message):
         load_backend(compile=False, **options)
+
+
+def test_mixed_steps_are_made_for_servers_alone():
+    source = open_source(None, backend="eager", batch_size=2, max_seq_len=32)
+    assert source.load(adaptive=True).backend.shape.mixed_lens == (16, 128)
+    assert source.load().backend.shape.mixed_lens == ()

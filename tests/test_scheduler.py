@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llamac.runtime.backend import StaticShape
 from llamac.runtime.chunks import next_chunk
+from llamac.runtime.mixed_step import mixed_inputs, mixed_lens
 from llamac.runtime.request import Request
 from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax
 from llamac.runtime.scheduler import QueueFullError, Scheduler, generate, run_requests, stream
@@ -40,7 +41,14 @@ class HashBackend:
     """Keeps a real cache, breaks no promise of Backend and lets the caller break none."""
 
     def __init__(
-        self, *, batch=4, max_seq_len=24, prefill_lens=(4,), num_positions=40, fail_at=None
+        self,
+        *,
+        batch=4,
+        max_seq_len=24,
+        prefill_lens=(4,),
+        num_positions=40,
+        mixed_lens=(),
+        fail_at=None,
     ):
         self.shape = StaticShape(
             batch_size=batch,
@@ -48,6 +56,7 @@ class HashBackend:
             prefill_lens=prefill_lens,
             num_positions=num_positions,
             vocab_size=VOCAB_SIZE,
+            mixed_lens=mixed_lens,
         )
         self.rows = np.zeros((batch, max_seq_len), np.uint64)
         self.calls = []
@@ -79,18 +88,34 @@ class HashBackend:
 
     def decode(self, ids, positions):
         self._begin("decode", ids.tolist(), positions.tolist())
-        batch, max_seq_len = self.rows.shape
+        batch = len(self.rows)
         assert ids.shape == positions.shape == (batch,)
         assert ids.dtype == positions.dtype == np.int64
         assert all(0 <= i < VOCAB_SIZE for i in ids)
         assert all(0 <= p < self.shape.num_positions for p in positions)
         for slot, (token_id, position) in enumerate(zip(ids, positions, strict=True)):
-            cache, row = self.rows[slot], position % max_seq_len
-            visible = cache[:position] if position < max_seq_len else np.delete(cache, row)
-            cache[row] = mix(int(token_id), int(position), visible)
-            self._logits[slot] = row_logits(int(cache[row]))
+            self._logits[slot] = row_logits(self._feed(slot, token_id, position))
         self._end()
         return self._logits
+
+    def mix(self, slots, ids, positions, logit_rows):
+        self._begin("mix", slots.tolist(), ids.tolist(), positions.tolist(), logit_rows)
+        mixed_inputs(self.shape, slots, ids, positions, logit_rows)  # is what a backend takes
+        places = list(
+            zip(slots.tolist(), (positions % self.shape.max_seq_len).tolist(), strict=True)
+        )
+        assert len(set(places)) == len(places)
+        rows = [self._feed(*token) for token in zip(slots, ids, positions, strict=True)]
+        for number, row in enumerate(logit_rows):
+            self._logits[number] = row_logits(rows[row])
+        self._end()
+        return self._logits[: len(logit_rows)]
+
+    def _feed(self, slot, token_id, position):
+        cache, row = self.rows[slot], position % self.shape.max_seq_len
+        visible = cache[:position] if position < len(cache) else np.delete(cache, row)
+        cache[row] = mix(int(token_id), int(position), visible)
+        return int(cache[row])
 
 
 def expected(request, *, max_seq_len=24, end=None, allowed_size=VOCAB_SIZE, eos_ids=()):
@@ -206,12 +231,16 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
     num_positions = max_seq_len + data.draw(st.integers(0, 2 * max_seq_len), "rows past S")
     lens = data.draw(st.sets(st.integers(1, max_seq_len), min_size=1, max_size=3), "P")
     batch = data.draw(st.integers(1, 4), "B")
+    mixed = data.draw(
+        st.sets(st.integers(batch + 1, batch + 20), max_size=2), "rows of mixed steps"
+    )
     scheduler = Scheduler(
         HashBackend(
             batch=batch,
             max_seq_len=max_seq_len,
             prefill_lens=tuple(sorted(lens)),
             num_positions=num_positions,
+            mixed_lens=tuple(sorted(mixed)),
         ),
         None,
         eos_ids=(EOS_ID,),
@@ -350,6 +379,165 @@ def test_prompts_take_their_chunks_in_turn():
     run(scheduler)
     slots = [call[1] for call in backend.calls if call[0] == "prefill"]
     assert slots == [0, 1, 0, 0, 0, 0]
+
+
+# --- prompts beside tokens ---
+
+
+def mixed_scheduler(*, batch=4, mixed_lens=(8, 12), prefill_lens=(1, 4), **kwargs):
+    backend = HashBackend(
+        batch=batch, prefill_lens=prefill_lens, mixed_lens=mixed_lens, num_positions=40, **kwargs
+    )
+    return backend, Scheduler(backend, None, adaptive=True)
+
+
+def kinds(backend):
+    return [call[0] for call in backend.calls]
+
+
+def test_a_prompt_is_fed_beside_those_who_decode():
+    backend, scheduler = mixed_scheduler()
+    asked = [request(3, 1), request(13, 2)]
+    scheduler.submit(asked[0])
+    scheduler.step()  # alone: a chunk
+    scheduler.submit(asked[1])
+    done = completions(run(scheduler))
+    assert [done[n].ids for n in range(2)] == [expected(one)[0] for one in asked]
+    assert kinds(backend)[:4] == ["prefill", "mix", "mix", "decode"]
+    (_, *first), (_, *second) = backend.calls[1:3]
+    newest = expected(asked[0])[0]
+    assert first == [[0] + 7 * [1], [newest[0], *prompt(13, 2)[:7]], [3, *range(7)], [0]]
+    assert second == [[0] + 6 * [1], [newest[1], *prompt(13, 2)[7:]], [4, *range(7, 13)], [0, 6]]
+
+
+def test_several_short_prompts_are_one_step():
+    backend, scheduler = mixed_scheduler()
+    asked = [request(n, n) for n in (3, 2, 4, 2)]
+    assert [one.ids for one in run_requests(scheduler, asked)] == [expected(o)[0] for o in asked]
+    assert kinds(backend)[:2] == ["mix", "decode"]
+    assert backend.calls[0][1] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert backend.calls[0][4] == [2, 4, 8, 10]
+
+
+def test_prompts_share_the_rows_of_mixed_steps_in_turn():
+    backend, scheduler = mixed_scheduler(mixed_lens=(6,))
+    asked = [request(2, 1, max_new_tokens=20), request(16, 2), request(7, 3)]
+    scheduler.submit(asked[0])
+    scheduler.step()
+    scheduler.submit(asked[1])
+    scheduler.step()
+    scheduler.submit(asked[2])  # new ones first
+    done = completions(run(scheduler))
+    assert [done[n].ids for n in range(3)] == [expected(one)[0] for one in asked]
+    slots = [call[1] for call in backend.calls if call[0] == "mix"]
+    assert (
+        slots
+        == [
+            [0, 1, 1, 1, 1, 1],
+            [0, 2, 2, 2, 2, 2],
+            [0, 1, 1, 1, 1, 1],
+            [0, 2, 2, 1, 1, 1],
+            [0, 2, 1, 1],
+        ]
+        or slots
+    )
+
+
+def test_a_prompts_last_id_is_fed_as_a_token_is():
+    # It used to be a step of its own. Without mixed steps as well.
+    backend = HashBackend(batch=2, prefill_lens=(4,))
+    scheduler = Scheduler(backend, None, adaptive=True)
+    asked = [request(3, 1), request(5, 2), request(1, 3)]
+    assert [one.ids for one in run_requests(scheduler, asked)] == [expected(o)[0] for o in asked]
+    assert kinds(backend).count("prefill") == 2
+
+
+def test_what_is_scored_keeps_to_its_step():
+    backend, scheduler = mixed_scheduler()
+    scored = request(5, 1, prompt_logprobs=0)
+    assert [one.ids for one in run_requests(scheduler, [scored, request(9, 2)])] == [
+        expected(scored)[0],
+        expected(request(9, 2))[0],
+    ]
+    first_mix = kinds(backend).index("mix") if "mix" in kinds(backend) else len(backend.calls)
+    assert kinds(backend)[:first_mix].count("decode") >= 5
+
+
+def test_many_rows_are_for_prompts_that_nobody_decodes_beside():
+    class Slow(HashBackend):
+        def mix(self, slots, ids, positions, logit_rows):
+            time.sleep(0.11 if len(ids) > 8 else 0)
+            return super().mix(slots, ids, positions, logit_rows)
+
+    backend = Slow(batch=4, prefill_lens=(4,), mixed_lens=(8, 40))
+    scheduler = Scheduler(backend, None, adaptive=True)
+    run_requests(scheduler, [request(12, n, max_new_tokens=2) for n in range(3)])
+    scheduler.submit(request(2, 4, max_new_tokens=12))
+    scheduler.step()
+    scheduler.submit(request(20, 5))
+    run(scheduler)
+    sizes = [len(call[1]) for call in backend.calls if call[0] == "mix"]
+    assert sizes == [36, 8, 8, 7]
+
+
+def test_a_rolled_window_beside_a_prompt():
+    backend, scheduler = mixed_scheduler(batch=2)
+    rolled = request(20, 1, max_new_tokens=15, limit_policy="roll")
+    scheduler.submit(rolled)
+    for _ in range(12):
+        scheduler.step()
+    scheduler.submit(request(11, 2))
+    done = completions(run(scheduler))
+    assert done[0].ids == expected(rolled, end=40)[0]
+    assert done[1].ids == expected(request(11, 2))[0]
+    assert any(call[0] == "mix" and max(call[3]) >= 24 for call in backend.calls)
+
+
+@pytest.mark.parametrize(
+    ("slots", "ids", "positions", "logit_rows", "message"),
+    [
+        ([], [], [], [0], r"0 tokens are given; mixed_lens is \(4, 6\)"),
+        ([0] * 7, [1] * 7, range(7), [0], "7 tokens are given"),
+        ([0], [1, 2], [0, 1], [0], r"slots have shape \(1,\), .* must be \(2,\)"),
+        ([0, 2], [1, 2], [0, 1], [0], r"slots are \[0, 2\]; allowed are 0 to 1"),
+        ([0, -1], [1, 2], [0, 1], [0], "slots are"),
+        ([0, 1], [1, 2], [0, 40], [0], r"positions are \[0, 40\]; allowed are 0 to 39"),
+        ([0, 1], [1, VOCAB_SIZE], [0, 0], [0], "ids are from 1 to 64"),
+        ([0, 1], [1, 2], [0, 0], [], "logit_rows are .*; allowed are 1 to 2 of the 2 tokens"),
+        ([0, 1], [1, 2], [0, 0], [2], "logit_rows are"),
+        ([0, 1], [1, 2], [0, 0], [0, 1, 1], "logit_rows are"),
+    ],
+)
+def test_bad_mixes_are_refused(slots, ids, positions, logit_rows, message):
+    shape = HashBackend(batch=2, mixed_lens=(4, 6)).shape
+    arrays = [np.array(values, np.int64) for values in (slots, ids, positions)]
+    with pytest.raises(ValueError, match=message):
+        mixed_inputs(shape, *arrays, logit_rows)
+
+
+def test_a_mix_is_padded_by_its_last_token():
+    shape = HashBackend(batch=2, mixed_lens=(4, 6)).shape
+    inputs = mixed_inputs(
+        shape, np.array([0, 1, 1, 1, 1]), np.arange(3, 8), np.array([39, 0, 1, 2, 3]), [0]
+    )
+    assert inputs.input_ids.tolist() == [[3], [4], [5], [6], [7], [7]]
+    assert inputs.slots.tolist() == [0, 1, 1, 1, 1, 1]
+    assert inputs.positions.tolist() == [39, 0, 1, 2, 3, 3]
+    assert inputs.write_indices.tolist() == [15, 0, 1, 2, 3, 3]
+    assert inputs.logit_indices.tolist() == [[0, 0]]
+    assert len(mixed_inputs(shape, *np.zeros((3, 4), np.int64), [3]).slots) == 4
+
+
+def test_rows_of_mixed_steps():
+    assert [mixed_lens(b) for b in (1, 2, 8, 9, 32)] == [
+        (),
+        (16, 128),
+        (16, 128),
+        (32, 144),
+        (48, 160),
+    ]
+    with pytest.raises(ValueError, match=r"mixed_lens is \(4, 6\); .* above batch_size, 4"):
+        HashBackend(batch=4, mixed_lens=(4, 6))
 
 
 # --- slots ---
@@ -715,11 +903,12 @@ def test_a_stream_that_another_cancels_ends():
 # --- when a step fails ---
 
 
+@pytest.mark.parametrize("mixed", [(), (4,)])
 @pytest.mark.parametrize("call", range(1, 9))
-def test_an_interrupted_step_can_be_repeated(call):
-    requests = [request(n, n, sampling=SEEDED, max_new_tokens=5) for n in (3, 9)]
-    backend = HashBackend(batch=2, fail_at={call: KeyboardInterrupt()})
-    scheduler = Scheduler(backend, None)
+def test_an_interrupted_step_can_be_repeated(call, mixed):
+    requests = [request(n, n, sampling=SEEDED, max_new_tokens=9) for n in (3, 9)]
+    backend = HashBackend(batch=2, fail_at={call: KeyboardInterrupt()}, mixed_lens=mixed)
+    scheduler = Scheduler(backend, None, adaptive=bool(mixed))
     for one in requests:
         scheduler.submit(one)
     with pytest.raises(KeyboardInterrupt):
@@ -827,8 +1016,9 @@ def test_what_waits_is_bounded():
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_prompts_with_shared_beginnings_and_cancels_give_what_each_gives_alone(data):
+    mixed = data.draw(st.sampled_from([(), (4,), (5, 9)]), "rows of mixed steps")
     scheduler = Scheduler(
-        HashBackend(batch=data.draw(st.integers(1, 3), "B"), prefill_lens=(1, 6)),
+        HashBackend(batch=data.draw(st.integers(1, 3), "B"), prefill_lens=(1, 6), mixed_lens=mixed),
         None,
         keep_prefixes=True,
         adaptive=True,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...runtime.backend import BackendUnavailableError, StaticShape, StepInputs, check_rows
+from ...runtime.mixed_step import mixed_inputs
 from ..cache import KVCache
 from ..decode_layer import call_layer
 from ..kernels.few_rows import load_operators
@@ -27,7 +28,8 @@ from .step_key import step_key
 
 __all__ = ["Startup", "TorchBackend"]
 
-_PREFILL, _DECODE, _EXTEND = "prefill_", "decode", "extend"  # how steps are named
+# How steps are named.
+_PREFILL, _DECODE, _EXTEND, _MIXED = "prefill_", "decode", "extend", "mixed_"
 
 _Step = Callable[..., Tensor]  # from the fields of StepInputs to [B, N, V] logits
 
@@ -64,6 +66,7 @@ class TorchBackend:
         max_seq_len: S, cache rows of a slot.
         prefill_lens: P, ascending.
         num_guesses: Ids behind the newest that `extend` takes; 0 makes no such step.
+        mixed_lens: Rows of the steps that `mix` runs, ascending; () makes none.
         cache_dtype: Of keys and values; None is the model's, that of its hidden states.
         compile: Whether to compile; False runs the same code eagerly.
         all_logits: Whether prefill computes logits for all its tokens, which `score` needs.
@@ -87,6 +90,7 @@ class TorchBackend:
         max_seq_len: int,
         prefill_lens: tuple[int, ...],
         num_guesses: int = 0,
+        mixed_lens: tuple[int, ...] = (),
         cache_dtype: torch.dtype | None = None,
         compile: bool = True,
         all_logits: bool = False,
@@ -99,6 +103,7 @@ class TorchBackend:
             num_positions=model.cos.shape[0],
             vocab_size=model.config.vocab_size,
             num_guesses=num_guesses,
+            mixed_lens=mixed_lens,
         )
         self._device = model.cos.device
         self._model, self._attention = model, TorchAttention().to(self._device)
@@ -157,6 +162,18 @@ class TorchBackend:
         """A few tokens of every slot; see Backend."""
         return self._steps[_EXTEND](self.shape.extend_inputs(ids, positions))
 
+    def mix(
+        self,
+        slots: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logit_rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Tokens of any slots; see Backend."""
+        inputs = mixed_inputs(self.shape, slots, ids, positions, logit_rows)
+        logits = self._steps[f"{_MIXED}{len(inputs.slots)}"](inputs)
+        return logits[0, : len(logit_rows)]
+
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
         return self.cache.read_rows(slot, num_rows).numpy()
@@ -202,6 +219,8 @@ class TorchBackend:
         if num_guesses := self.shape.num_guesses:
             tokens = np.zeros((self.shape.batch_size, 1 + num_guesses), np.int64)
             calls[_EXTEND] = partial(self.extend, tokens, zeros)
+        for n in self.shape.mixed_lens:
+            calls[f"{_MIXED}{n}"] = partial(self.mix, *np.zeros((3, n), np.int64), [0])
         compile_s = warmup_s = 0.0
         hit: bool | None = None
         for name, call in calls.items():
@@ -226,15 +245,19 @@ class TorchBackend:
         batch, tokens, logits = self.shape.batch_size, 1, 1
         if name == _EXTEND:
             tokens = logits = 1 + self.shape.num_guesses
-        elif name != _DECODE:
+        elif name.startswith(_PREFILL):
             batch, tokens = 1, int(name.removeprefix(_PREFILL))
             logits = tokens if self.all_logits else 1
+        sizes = StepInputs.sizes(batch, tokens, logits)
+        if name.startswith(_MIXED):
+            sizes = StepInputs.sizes(int(name.removeprefix(_MIXED)), 1, 1)
+            sizes["logit_indices"] = (1, batch)
 
         def run(*inputs: Tensor) -> Tensor:
             with torch.no_grad():
                 return step(*inputs)
 
-        return BoundStep(run, StepInputs.sizes(batch, tokens, logits), self._device)
+        return BoundStep(run, sizes, self._device)
 
     def _saved_step(self, folder: Path, name: str) -> SavedStep:
         key = step_key(
@@ -243,7 +266,7 @@ class TorchBackend:
             world_size=self._model.rank.world_size,
             rank=self._model.rank,
             config=self._model.config,
-            shape=self.shape,
+            shape=replace(self.shape, mixed_lens=()),  # names tell which step it is
             all_logits=self.all_logits,
             options=_CPU_OPTIONS,
         )

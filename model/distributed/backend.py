@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...runtime.backend import BackendUnavailableError, StaticShape, check_rows
 from ...runtime.interrupt import hold_interrupt
+from ...runtime.mixed_step import mixed_inputs
 from ..compiled.torch_backend import TorchBackend
 from .group import RankGroup
 
@@ -31,6 +32,7 @@ class _Call(IntEnum):
     READ = 4
     WRITE = 5
     EXTEND = 6
+    MIX = 7
 
 
 _HEADER = 3  # which call, a slot, a number
@@ -85,6 +87,18 @@ class ParallelBackend:
         self.shape.extend_inputs(ids, positions)
         with self._tell(_Call.EXTEND, 0, 0, [*positions.tolist(), *ids.ravel().tolist()]):
             return self._own.extend(ids, positions)
+
+    def mix(
+        self,
+        slots: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logit_rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Tokens of any slots; see Backend."""
+        mixed_inputs(self.shape, slots, ids, positions, logit_rows)
+        with self._tell(_Call.MIX, 0, len(ids), [*slots, *ids, *positions, *logit_rows]):
+            return self._own.mix(slots, ids, positions, logit_rows)
 
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
@@ -174,6 +188,9 @@ def follow(own: TorchBackend, group: RankGroup) -> None:
             case _Call.EXTEND:
                 positions, ids = np.split(np.array(words), [own.shape.batch_size])
                 own.extend(ids.reshape(len(positions), -1), positions)
+            case _Call.MIX:
+                slots, ids, positions = np.array(words[: 3 * number]).reshape(3, number)
+                own.mix(slots, ids, positions, words[3 * number :])
             case _Call.READ:
                 rows = torch.from_numpy(own.read_rows(slot, number))
                 dist.gather(rows.contiguous(), group=group.commands)
@@ -184,7 +201,8 @@ def follow(own: TorchBackend, group: RankGroup) -> None:
 
 
 def _message(shape: StaticShape) -> Tensor:
-    size = max(shape.prefill_len, (2 + shape.num_guesses) * shape.batch_size)
+    mixed = 3 * max(shape.mixed_lens, default=0) + shape.batch_size
+    size = max(shape.prefill_len, (2 + shape.num_guesses) * shape.batch_size, mixed)
     return torch.zeros(_HEADER + 1 + size, dtype=torch.int64)
 
 

@@ -74,10 +74,10 @@ def _attend_on_cpu(
 ) -> Tensor:
     dtype, num_tokens = q.dtype, q.shape[2]
     live = min(int(positions.max()) + num_tokens, k_cache.shape[2])
-    k, v = (_select(cache, slots)[:, :, :live] for cache in (k_cache, v_cache))
+    k, v = (_select(cache[:, :, :live], slots) for cache in (k_cache, v_cache))
     if k_scale is not None and v_scale is not None:
         k, v = (
-            (rows * _select(own, slots)[:, :, :live, None]).to(dtype)
+            (rows * _select(own[:, :, :live], slots)[..., None]).to(dtype)
             for rows, own in ((k, k_scale), (v, v_scale))
         )
     seen = causal_mask(positions, num_tokens, live)

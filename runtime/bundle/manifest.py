@@ -198,7 +198,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of bundle.json; the digest is computed, not taken."""
         data = asdict(self)
-        del data["folder"], data["digest"]
+        del data["folder"], data["digest"], data["shape"]["mixed_lens"]
         data = {"format": FORMAT, "digest": content_digest({"format": FORMAT, **data}), **data}
         return json.dumps(data, indent=1) + "\n"
 

@@ -111,6 +111,8 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path}: was changed after the export; export again")
     # Beyond this point only a forged manifest fails.
     _upgrade(data, version)
+    if isinstance(data.get("shape"), dict):
+        data["shape"]["mixed_lens"] = []  # no graph is of such a step
     return to_dataclass(Manifest, {"folder": folder, "digest": digest, **data}, str(path))
 
 
