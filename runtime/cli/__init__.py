@@ -5,6 +5,8 @@ Nothing is imported here before Ctrl-C has its meaning: imports take most of a s
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 _INTERRUPTED, _TERMINATED, _PIPE_CLOSED = 130, 143, 141
+_NEW_OBJECTS = 10_000  # before the collector looks at them; imports make many that stay
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The words after `llamac`; None takes the process's own, and the process with them:
-            its standard streams and its signals.
+            its standard streams, its signals and its collector.
 
     Returns:
         0, 1 for a failed verification, 2 for bad input, 130 after Ctrl-C, 141 when nobody reads
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         _open_closed_streams()
+        gc.set_threshold(_NEW_OBJECTS)
+        atexit.register(gc.freeze)  # a third of a second to look through all once more
         argv = sys.argv[1:]
     try:
         try:
