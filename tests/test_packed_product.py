@@ -64,6 +64,22 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("form")
+def test_activations_of_like_size_beside_huge_ones_lose_nothing_to_integers():
+    if packed_product.cpp_library() is None:
+        pytest.skip("without the library a weight is rounded to x's dtype")
+    weight = PackedWeight(67, 576, bits=8, dtype=torch.float32)
+    x = random_x(3, 576, torch.bfloat16)
+    x[:, ::97] *= 3000  # what LLaMAs have in a few columns
+    x[1, 8:16] = 0
+    exact = x.double() @ weight.exact.t()
+    out = multiply(x, weight)[0].double()
+    # The result's own rounding, and 2^-15 of the largest of each four times their weights.
+    largest = x.double().abs().unflatten(1, (-1, 4)).amax(-1)
+    weights = weight.exact.abs().unflatten(1, (-1, 4)).sum(-1)
+    assert ((out - exact).abs() <= 2**-8 * exact.abs() + 2**-15 * largest @ weights.t()).all()
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("with_minimum", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
