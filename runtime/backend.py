@@ -69,12 +69,12 @@ class StaticShape:
         num_positions: Rows of the RoPE tables; no token can have this position or a later one.
         vocab_size: V, width of the logits.
         num_guesses: Ids behind the newest that `extend` takes; 0 where there is no such step.
-        mixed_lens: Rows of a step that `mix` runs, ascending, each more than B; the fewest that
-            hold the tokens are used. () where there is no such step.
+        mixed_lens: Rows of a step that `mix` runs, ascending; the fewest that hold the tokens are
+            used. () where there is no such step.
 
     Raises:
         ValueError: A size is not positive, a chunk is longer than the cache, the RoPE tables have
-            fewer rows than the cache, or a mixed step not more than there are slots.
+            fewer rows than the cache, or mixed_lens is not ascending.
     """
 
     batch_size: int
@@ -101,11 +101,8 @@ class StaticShape:
                 f"num_positions is {self.num_positions}; "
                 f"it must be at least max_seq_len, {self.max_seq_len}"
             )
-        if list(self.mixed_lens) != sorted({n for n in self.mixed_lens if n > self.batch_size}):
-            raise ValueError(
-                f"mixed_lens is {self.mixed_lens}; give ascending numbers above batch_size, "
-                f"{self.batch_size}"
-            )
+        if list(self.mixed_lens) != sorted({n for n in self.mixed_lens if n > 0}):
+            raise ValueError(f"mixed_lens is {self.mixed_lens}; give ascending numbers")
 
     @property
     def prefill_len(self) -> int:

@@ -20,9 +20,10 @@ from .prefix import Slot
 from .request import LiveRequest
 from .turns import Turns
 
-__all__ = ["choose_rows", "mixed_inputs", "mixed_lens", "take_mixed"]
+__all__ = ["choose_rows", "decode_few", "mixed_inputs", "mixed_lens", "take_mixed"]
 
 _FEW, _MANY = 16, 128  # rows for short prompts and for long ones
+_LIVE = 4  # rows for decodes of few of the slots
 
 
 def mixed_lens(batch_size: int) -> tuple[int, ...]:
@@ -32,13 +33,14 @@ def mixed_lens(batch_size: int) -> tuple[int, ...]:
         batch_size: B.
 
     Returns:
-        Few rows, which keep nobody waiting, and many; () where there is one slot.
+        Few rows, which keep nobody waiting, and many, behind those for decodes of a part of the
+        slots, if there are enough; () where there is one slot.
     """
     if batch_size == 1:
         return ()
     # Half of the few are prompts' where all other slots decode.
     few = -(-(batch_size + _FEW // 2) // _FEW) * _FEW
-    return few, few + _MANY - _FEW
+    return *([_LIVE] if batch_size > _LIVE else []), few, few + _MANY - _FEW
 
 
 def mixed_inputs(
@@ -94,6 +96,31 @@ def mixed_inputs(
         write_indices=places % shape.max_seq_len,
         logit_indices=np.asarray(logit_rows)[wanted][None],
         slots=np.asarray(slots)[rows],
+    )
+
+
+def decode_few(
+    backend: Backend, slots: Sequence[Slot], decoding: Sequence[Slot]
+) -> NDArray[np.float32] | None:
+    """Feeds some slots their next id in a step of fewer rows than there are slots.
+
+    Args:
+        backend: Has all slots.
+        slots: All of the backend's.
+        decoding: Those that are fed; what is scored goes through the same step always.
+
+    Returns:
+        [len(decoding), V] float32 logits; None where no such step holds them.
+    """
+    lives = [slot.live for slot in decoding if slot.live is not None and not slot.live.scored]
+    lens = [n for n in backend.shape.mixed_lens if len(decoding) <= n < len(slots)]
+    if len(lives) < len(decoding) or not lens:
+        return None
+    return backend.mix(
+        np.array([slots.index(slot) for slot in decoding]),
+        np.array([live.next_id for live in lives]),
+        np.array([live.next_position for live in lives]),
+        range(len(lives)),
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .backend import Backend
 from .chunks import check_prompt, next_chunk
-from .mixed_step import choose_rows, take_mixed
+from .mixed_step import choose_rows, decode_few, take_mixed
 from .prefix import Slot, read_kept, write_kept
 from .request import Completion, Constraint, Event, LiveRequest, Request
 from .sampling import Sampler
@@ -309,6 +309,9 @@ class Scheduler:
         if is_alone and first.next_position < shape.max_seq_len and not first.live.scored:
             index = self._slots.index(first)
             yield first, self._backend.prefill(index, [first.live.next_id], first.next_position)
+            return
+        if self._adaptive and (few := decode_few(self._backend, self._slots, decoding)) is not None:
+            yield from zip(decoding, few, strict=True)
             return
         # A row that isn't decoding is fed id 0 where its own next token will go, which then
         # replaces it. That row exists: a prompt that has filled all S is decoding, or over, since

@@ -55,7 +55,9 @@ class Turns:
         Args:
             is_waited_for: Whether others wait for their next token.
         """
-        prefill_lens, mixed_lens = self._shape.prefill_lens, self._shape.mixed_lens
+        shape = self._shape
+        prefill_lens = shape.prefill_lens
+        mixed_lens = tuple(n for n in shape.mixed_lens if n > shape.batch_size)
         if not self._adaptive:
             return prefill_lens, ()
         if not is_waited_for:

@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_refused():
         (*right[:4], rows - ROWS, slots),
         (*right[:5], slots + 1),
         (hidden.double(), *right[1:]),
+        (hidden.repeat(9, 1), *(part.repeat(9, *[1] * (part.dim() - 1)) for part in right[1:])),
         (hidden.bfloat16(), *right[1:]),
     ):
         before = [buffer.clone() for buffer in cache.buffers]

@@ -231,9 +231,7 @@ def test_any_mix_of_requests_gives_the_reference_ids(data):
     num_positions = max_seq_len + data.draw(st.integers(0, 2 * max_seq_len), "rows past S")
     lens = data.draw(st.sets(st.integers(1, max_seq_len), min_size=1, max_size=3), "P")
     batch = data.draw(st.integers(1, 4), "B")
-    mixed = data.draw(
-        st.sets(st.integers(batch + 1, batch + 20), max_size=2), "rows of mixed steps"
-    )
+    mixed = data.draw(st.sets(st.integers(1, batch + 20), max_size=3), "rows of mixed steps")
     scheduler = Scheduler(
         HashBackend(
             batch=batch,
@@ -430,17 +428,13 @@ def test_prompts_share_the_rows_of_mixed_steps_in_turn():
     done = completions(run(scheduler))
     assert [done[n].ids for n in range(3)] == [expected(one)[0] for one in asked]
     slots = [call[1] for call in backend.calls if call[0] == "mix"]
-    assert (
-        slots
-        == [
-            [0, 1, 1, 1, 1, 1],
-            [0, 2, 2, 2, 2, 2],
-            [0, 1, 1, 1, 1, 1],
-            [0, 2, 2, 1, 1, 1],
-            [0, 2, 1, 1],
-        ]
-        or slots
-    )
+    assert slots == [
+        [0, 1, 1, 1, 1, 1],
+        [0, 2, 2, 2, 2, 2],
+        [0, 1, 1, 1, 1, 1],
+        [0, 2, 2, 1, 1, 1],
+        [0, 2, 1, 1, 1],  # the second prompt is through: its slot decodes
+    ]
 
 
 def test_a_prompts_last_id_is_fed_as_a_token_is():
@@ -529,15 +523,31 @@ def test_a_mix_is_padded_by_its_last_token():
 
 
 def test_rows_of_mixed_steps():
-    assert [mixed_lens(b) for b in (1, 2, 8, 9, 32)] == [
+    assert [mixed_lens(b) for b in (1, 2, 4, 8, 9, 32)] == [
         (),
         (16, 128),
         (16, 128),
-        (32, 144),
-        (48, 160),
+        (4, 16, 128),
+        (4, 32, 144),
+        (4, 48, 160),
     ]
-    with pytest.raises(ValueError, match=r"mixed_lens is \(4, 6\); .* above batch_size, 4"):
-        HashBackend(batch=4, mixed_lens=(4, 6))
+    for wrong in ((6, 4), (4, 4), (0, 4)):
+        with pytest.raises(ValueError, match=r"mixed_lens is .* ascending"):
+            HashBackend(batch=4, mixed_lens=wrong)
+
+
+def test_few_of_the_slots_decode_in_fewer_rows():
+    for count, kind in ((2, "mix"), (3, "mix"), (4, "decode")):
+        backend, scheduler = mixed_scheduler(batch=6, mixed_lens=(3, 8))
+        asked = [request(3, n, max_new_tokens=12, eos_ids=()) for n in range(count)]
+        done = run_requests(scheduler, asked)
+        assert [one.ids for one in done] == [expected(o)[0] for o in asked]
+        together = kinds(backend)[-count - 3 : -count]  # they begin and end apart
+        assert together == 3 * [kind]
+    scored = request(5, 1, prompt_logprobs=0)
+    del backend.calls[:]
+    assert run_requests(scheduler, [scored])[0].ids == expected(scored)[0]
+    assert kinds(backend)[:5] == ["decode"] * 5
 
 
 # --- slots ---

@@ -34,9 +34,18 @@ void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
 
 void check_memory(int had) { TORCH_CHECK(had, "no memory for a product's scratch"); }
 
-std::vector<Tensor> empty_results(const Tensor& x, TensorList weights) {
+void check_rows(const Tensor& x) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) >= 1 && x.size(0) <= 16,
               "x is ", x.sizes(), ", or not contiguous; it must be 1 to 16 rows");
+}
+
+void check_dtype(const Tensor& tensor, const Tensor& x, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, "'s dtype is ", tensor.scalar_type(),
+              "; it must be x's, ", x.scalar_type());
+}
+
+std::vector<Tensor> empty_results(const Tensor& x, TensorList weights) {
+  check_rows(x);
   std::vector<Tensor> outs;
   for (const Tensor& weight : weights)
     outs.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
@@ -48,7 +57,7 @@ std::vector<Tensor> multiply_few(const Tensor& x, TensorList weights) {
   std::vector<DenseWeight> table;
   for (size_t i = 0; i < outs.size(); i++) {
     check(weights[i], {-1, x.size(1)}, "a weight");
-    TORCH_CHECK(weights[i].scalar_type() == x.scalar_type(), "a weight's dtype is not x's");
+    check_dtype(weights[i], x, "a weight");
     table.push_back({weights[i].const_data_ptr(), outs[i].mutable_data_ptr(), weights[i].size(0)});
   }
   check_memory(multiply_dense(x.const_data_ptr(), type_of(x), x.size(0), x.size(1), table.data(),
@@ -121,10 +130,14 @@ Tensor layer_few(const Tensor& hidden, TensorList norms, double eps, TensorList 
                  const Tensor& cos, const Tensor& sin, const Tensor& positions,
                  const Tensor& write_indices, const Tensor& slots, double scale,
                  TensorList buffers) {
+  check_rows(hidden);
   const int64_t num_x = hidden.size(0), width = hidden.size(1), batch = positions.size(0);
   const int64_t tokens = num_x / batch, dim = buffers[0].size(3);
   check(hidden, {batch * tokens, width}, "hidden states");
-  for (const Tensor& norm : norms) check(norm, {width}, "a norm's weight");
+  for (const Tensor& norm : norms) {
+    check(norm, {width}, "a norm");
+    check_dtype(norm, hidden, "a norm");
+  }
   for (const Tensor* table : {&cos, &sin}) check(*table, {batch, tokens, dim / 2}, "cos or sin");
   for (const Tensor* index : {&write_indices, &slots}) check(*index, {batch}, "an index");
   const Cache cache = cache_of(buffers, dim, hidden.scalar_type());
@@ -138,21 +151,27 @@ Tensor layer_few(const Tensor& hidden, TensorList norms, double eps, TensorList 
   const int64_t inner = weights[4].size(0), attended = weights[0].size(0);
   const int64_t widths[] = {width, width, width, attended, width, width, inner};
   const int64_t kept = cache.num_heads * dim;
+  TORCH_CHECK(attended % kept == 0, attended, " rows of queries; it must be a multiple of ", kept);
   const int64_t sizes[] = {-1, kept, kept, width, -1, inner, width};
   for (size_t i = 0; i < 7; i++) {
-    const std::optional<Tensor> packed_scale = scales.get(i), minimum = minima.get(i), bias = biases.get(i);
+    const std::optional<Tensor> packed_scale = scales.get(i), minimum = minima.get(i),
+                                bias = biases.get(i);
     PackedWeight& weight = layer.products[i].weight;
     if (packed_scale) {
       weight = packed_weight(weights[i], *packed_scale, minimum ? &*minimum : nullptr, widths[i]);
     } else {
       check(weights[i], {-1, widths[i]}, "a weight");
+      check_dtype(weights[i], hidden, "a weight");
       weight.packed = static_cast<const uint8_t*>(weights[i].const_data_ptr());
       weight.num_rows = weights[i].size(0);
       weight.bits = 8 * weights[i].element_size();
     }
     TORCH_CHECK(sizes[i] < 0 || weight.num_rows == sizes[i], "a weight of ", weight.num_rows,
                 " rows; it must have ", sizes[i]);
-    if (bias) check(*bias, {weight.num_rows}, "a bias");
+    if (bias) {
+      check(*bias, {weight.num_rows}, "a bias");
+      check_dtype(*bias, hidden, "a bias");
+    }
     layer.products[i].bias = bias ? bias->const_data_ptr() : nullptr;
   }
   Tensor out = at::empty(hidden.sizes(), hidden.options());
