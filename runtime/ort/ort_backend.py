@@ -159,6 +159,20 @@ class OrtBackend:
         self._last_rolled = [-1] * self.shape.batch_size
         return self._extend.run(inputs)
 
+    def mix(
+        self,
+        slots: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logit_rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Of other slots than a graph is bound to; see Backend.
+
+        Raises:
+            ValueError: Always: shape.mixed_lens is ().
+        """
+        raise ValueError("mixed_lens is (): no graph takes tokens of any slots")
+
     def read_rows(self, slot: int, num_rows: int) -> NDArray[np.float32]:
         """The first rows of a slot's cache; see Backend."""
         return self._cache.read_rows(slot, num_rows)
