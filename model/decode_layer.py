@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels.few_rows import MAX_ROWS, layer_few
 from .kernels.gpu_operators import multiply_gate_up, multiply_qkv, multiply_rows
@@ -19,19 +19,28 @@ from .packed import PackedLinear
 __all__ = ["call_layer", "decode_layer"]
 
 
-def call_layer(layer: nn.Module, *args: Any) -> Tensor:
+def call_layer(
+    layer: Any, attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, *rest: Tensor
+) -> Tensor:
     """Calls one decoder layer; the compiled path marks this call as one shared region.
 
     Args:
         layer: Of a Llama.
-        args: What it is called with, attention first.
+        attention: See Attention.
+        hidden: [B*T, E].
+        cos: [B, T, D/2] float32.
+        sin: [B, T, D/2] float32.
+        rest: What else it is called with: positions, write indices, slots and its cache.
 
     Returns:
         The hidden states after it.
     """
-    if _fits_operator(layer, *args):
-        return _few_tokens(layer, *args)
-    return decode_layer(layer, *args) if _fits_decode(layer, *args) else layer(*args)
+    cache = rest[3:]
+    if _fits_operator(layer, hidden, cache):
+        return _few_tokens(layer, hidden, cos, sin, *rest)
+    if _fits_decode(layer, hidden, len(cos), cache):
+        return decode_layer(layer, attention, hidden, cos, sin, *rest)
+    return layer(attention, hidden, cos, sin, *rest)
 
 
 def decode_layer(
@@ -90,7 +99,6 @@ def decode_layer(
 
 def _few_tokens(
     layer: Any,
-    _: object,
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -120,30 +128,20 @@ def _few_tokens(
     )
 
 
-def _fits_operator(
-    layer: Any,
-    attention: object,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    write_indices: Tensor,
-    slots: Tensor,
-    *cache: Tensor,
-) -> bool:
-    """Whether _few_tokens can be called with the same.
+def _fits_operator(layer: Any, hidden: Tensor, cache: tuple[Tensor, ...]) -> bool:
+    """Whether _few_tokens can be called with these.
 
     It takes weights in the dtype of the hidden states or packed, not in another order of columns,
     and caches in that dtype or in int8.
     """
     if not is_few_rows(hidden):
         return False
-    dtype = hidden.dtype
+    dtype, products = hidden.dtype, _products(layer)
     return (
-        all(one.rank.world_size == 1 for one in _products(layer))
+        all(one.rank.world_size == 1 for one in products)
         and all(
             one.weight_order is None if isinstance(one, PackedLinear) else one.weight.dtype == dtype
-            for one in _products(layer)
+            for one in products
         )
         and layer.input_layernorm.weight.dtype == dtype
         and (len(cache) > 2 or all(buffer.dtype == dtype for buffer in cache))
@@ -157,18 +155,8 @@ def _products(layer: Any) -> list[Linear | PackedLinear]:
     return [*attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _fits_decode(
-    layer: Any,
-    attention: object,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    write_indices: Tensor,
-    slots: Tensor,
-    *caches: Tensor,
-) -> bool:
-    """Whether decode_layer can be called with the same.
+def _fits_decode(layer: Any, hidden: Tensor, batch_size: int, caches: tuple[Tensor, ...]) -> bool:
+    """Whether decode_layer can be called with these.
 
     It takes plain weights and caches in the dtype of the hidden states, all of them on one GPU.
     """
@@ -179,7 +167,7 @@ def _fits_decode(
     gate_up = (mlp.gate_proj, mlp.up_proj)
     products = _products(layer)
     return (
-        len(hidden) == len(positions) <= MAX_ROWS
+        len(hidden) == batch_size <= MAX_ROWS
         and len(caches) == 2
         and all(isinstance(one, Linear) and one.rank.world_size == 1 for one in products)
         and all(one.weight.dtype == hidden.dtype for one in products)

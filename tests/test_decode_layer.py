@@ -95,7 +95,7 @@ def test_the_operator_does_what_the_layer_does(
             buffer.copy_(torch.randn(buffer.shape).abs() if scaled else torch.randn(buffer.shape))
         own, expected_cache = same_cache(cache), float32_cache(same_cache(cache))
         layer, attention = model.model.layers[0], TorchAttention()
-        out = _few_tokens(layer, attention, *given, *own.layers[0])
+        out = _few_tokens(layer, *given, *own.layers[0])
         assert out.dtype == dtype
 
         exact = model_of(config, packed)
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused():
     layer, cache = model.model.layers[0], KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.float32)
     hidden, cos, sin, positions, rows, slots = arguments(model, torch.float32, batch=2, tokens=1)
     right = hidden, cos, sin, positions, rows, slots
-    _few_tokens(layer, None, *right, *cache.layers[0])
+    _few_tokens(layer, *right, *cache.layers[0])
     for wrong in (
         (hidden[:, :95], *right[1:]),
         (hidden, cos[..., :7], *right[2:]),
@@ -131,8 +131,21 @@ def test_what_does_not_fit_is_refused():
     ):
         before = [buffer.clone() for buffer in cache.buffers]
         with pytest.raises(RuntimeError):
-            _few_tokens(layer, None, *wrong, *cache.layers[0])
+            _few_tokens(layer, *wrong, *cache.layers[0])
         assert all(map(torch.equal, before, cache.buffers))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_in_an_int8_cache(wrong: float):
+    assert load_operators() is not None
+    model = model_of(CONFIG, {})
+    cache = KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.int8)
+    hidden, *rest = arguments(model, torch.float32, batch=2, tokens=1)
+    hidden[0, 7] = wrong
+    out = _few_tokens(model.model.layers[0], hidden, *rest, *cache.layers[0])
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+    assert not cache.layers[0][2][2, :, 3].isfinite().any()
 
 
 def test_the_operator_is_well_formed():
@@ -142,5 +155,5 @@ def test_the_operator_is_well_formed():
     given = arguments(model, torch.float32, batch=2, tokens=1)
     cache = KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.float32)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _few_tokens(model.model.layers[0], None, *given, *cache.layers[0])
+        fake = _few_tokens(model.model.layers[0], *given, *cache.layers[0])
     assert fake.shape == given[0].shape

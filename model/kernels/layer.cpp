@@ -126,12 +126,13 @@ void write(const Job& job, const float* head, void* cache, float* scales, int64_
     from_floats(head, type, 0, dim, rounded.data());
     to_floats(rounded.data(), type, 0, dim, values.data());
   }
-  float largest = 0;
-  for (float value : values) largest = std::max(largest, std::fabs(value));
+  float largest = 0;  // or no number, if one of them is none: then the row stays so by its scale
+  for (float value : values)
+    if (largest == largest && !(std::fabs(value) <= largest)) largest = std::fabs(value);
   const float scale = std::max(largest / LARGEST, TINY);
   for (int64_t i = 0; i < dim; i++)
     static_cast<int8_t*>(cache)[place * dim + i] =
-        int8_t(std::nearbyint(values[size_t(i)] / scale));
+        std::isfinite(largest) ? int8_t(std::nearbyint(values[size_t(i)] / scale)) : int8_t(0);
   scales[place] = scale;
 }
 
