@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..model.checkpoint import Checkpoint
 from ..model.packed import is_packed_part
-from .weights import SIGNED, UNPACKED, WeightPlan, plan_conversion, plan_links
+from .weights import POSITIVE_SCALE, SIGNED, UNPACKED, WeightPlan, plan_conversion, plan_links
 
 __all__ = ["plan_packed_weights"]
 
@@ -19,8 +19,9 @@ def plan_packed_weights(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> li
     """Decides which files hold the weights.
 
     Packed weights and the embedding serve every target as they are stored, so the checkpoint's own
-    files are hard linked where they hold them so. TensorRT gets signed values, and a packed
-    embedding unpacked. Norms, biases and weights that aren't packed are converted.
+    files are hard linked where they hold them so. TensorRT gets signed values, of 8 bits positive
+    scales, and a packed embedding unpacked. Norms, biases and weights that aren't packed are
+    converted.
 
     Args:
         checkpoint: Where the weights are.
@@ -48,6 +49,9 @@ def plan_packed_weights(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> li
                 signed[f"{module}.{UNPACKED}"] = (stored.shape[0], width), dtypes["tensorrt"]
             if module != _EMBEDDING or checkpoint.config.tie_word_embeddings:
                 signed[f"{module}.{SIGNED}"] = stored.shape, "int8"
+                if checkpoint.packed[module].bits == 8:
+                    scale = checkpoint.tensors[f"{module}.weight_scale"]
+                    signed[f"{module}.{POSITIVE_SCALE}"] = scale.shape, scale.dtype
     plans = plan_links(checkpoint, as_stored)
     if not plans:
         plans = [plan_conversion("model.safetensors", as_stored)]

@@ -38,6 +38,9 @@ def set_products(model: Llama, target: str, dtype: torch.dtype, *, accuracy_leve
             del module.weight_packed
             signed = _empty((num_rows, module.width), torch.int8)
             module.register_parameter("weight_signed", signed)
+            if module.packed.bits == 8:
+                scale = _empty(module.weight_scale.shape, module.weight_scale.dtype)
+                module.register_parameter("weight_positive_scale", scale)
             module.product = _dequantize_and_multiply
         else:
             block = _block_size(module.packed)
@@ -93,7 +96,10 @@ def _multiply_packed(x: Tensor, layer: PackedLinear, *, accuracy_level: int) -> 
 
 def _dequantize_and_multiply(x: Tensor, layer: PackedLinear) -> Tensor:
     """The form in which TensorRT keeps a weight packed in its engine."""
-    signed, scale = layer.get_parameter("weight_signed"), layer.weight_scale.to(x.dtype)
+    signed = layer.get_parameter("weight_signed")
+    is_positive = layer.packed.bits == 8
+    scale = layer.get_parameter("weight_positive_scale") if is_positive else layer.weight_scale
+    scale = scale.to(x.dtype)
     is_grouped = scale.shape[1] > 1
     weight = torch.onnx.ops.symbolic(
         "DequantizeLinear",

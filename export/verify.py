@@ -19,6 +19,7 @@ from ..model.checkpoint.tensor_files import open_safetensors
 from ..model.load import load_backend, static_shape
 from ..runtime.backend import BackendUnavailableError
 from ..runtime.bundle.manifest import Manifest, ModelSizes
+from ..runtime.bundle.memory_needs import OF_TENSORRT
 from ..runtime.chunks import check_prompt
 from ..runtime.compare import (
     TOLERANCE,
@@ -171,7 +172,7 @@ def bundle_checkpoint(manifest: Manifest) -> Checkpoint:
     for file in manifest.weights:
         opened = open_safetensors(manifest.folder / file.file)
         for name in file.tensors:
-            if name.startswith("rope.") or name.endswith((".weight_signed", ".weight_unpacked")):
+            if name.startswith("rope.") or name.endswith(OF_TENSORRT):
                 continue
             if name not in pieces or file.tensors[name].dtype == "float32":
                 pieces[name] = Piece(name=name, file=opened, key=name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.checkpoint import Checkpoint
-from ..model.checkpoint.dequantized import read_dequantized
+from ..model.checkpoint.dequantized import read_dequantized, read_whole
 from ..model.checkpoint.safetensors_header import safetensors_header
 from ..model.checkpoint.stored import copy_finite
 from ..model.config import LlamaConfig
@@ -24,6 +24,7 @@ from ..runtime.bundle.manifest import WEIGHT_BYTES, StoredWeight, WeightFile
 from ..runtime.memory import format_bytes
 
 __all__ = [
+    "POSITIVE_SCALE",
     "SIGNED",
     "UNPACKED",
     "WeightPlan",
@@ -34,8 +35,10 @@ __all__ = [
     "write_weights",
 ]
 
-# What TensorRT wants instead of weight_packed: signed values, and a table that is plain.
+# What TensorRT wants instead of weight_packed: signed values, and a table that is plain. It takes 8
+# bits with positive scales alone: groups of others have the opposite values, or zeros.
 SIGNED, UNPACKED = "weight_signed", "weight_unpacked"
+POSITIVE_SCALE = "weight_positive_scale"
 
 # Another filesystem, a filesystem without hard links, or too many of them.
 _NO_LINK_ERRORS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -181,7 +184,8 @@ def plan_conversion(file: str, wanted: Mapping[str, tuple[tuple[int, ...], str]]
 
     Args:
         file: Its name.
-        wanted: Name to shape and dtype; of a packed weight also SIGNED and UNPACKED.
+        wanted: Name to shape and dtype; of a packed weight also SIGNED, POSITIVE_SCALE and
+            UNPACKED.
 
     Returns:
         The file.
@@ -242,13 +246,34 @@ def _read(
     for name in names:
         module, _, form = name.rpartition(".")
         if form == SIGNED:
-            # Every value less 2^(bits-1): the highest bit of each turns.
-            turned = 0x88 if checkpoint.packed[module].bits == 4 else 0x80
-            for _, place, part in checkpoint.read([f"{module}.weight_packed"]):
-                yield name, place, (part ^ turned).view(torch.int8)
+            for place, part in _read_signed(checkpoint, module):
+                yield name, place, part
+        elif form == POSITIVE_SCALE:
+            for _, place, part in checkpoint.read([f"{module}.weight_scale"]):
+                yield name, place, torch.where(part == 0, 1, part.abs())
         elif form == UNPACKED:
             for rows, part in read_dequantized(checkpoint, f"{module}.weight"):
                 yield name, (rows,), part
+
+
+def _read_signed(checkpoint: Checkpoint, module: str) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Every value less 2^(bits-1), and of 8 bits times its scale's sign."""
+    form = checkpoint.packed[module]
+    sign = None
+    if form.bits == 8:
+        sign = read_whole(checkpoint, f"{module}.weight_scale").sign().to(torch.int8)
+    turned = 0x88 if form.bits == 4 else 0x80  # the highest bit of each value
+    for _, place, part in checkpoint.read([f"{module}.weight_packed"]):
+        signed = (part ^ turned).view(torch.int8)
+        if sign is not None and (of_groups := sign[place[0]]).min() < 1:
+            of_columns = of_groups.repeat_interleave(form.group_size, dim=1)
+            signed *= of_columns[(slice(None), *place[1:])]
+            if (signed[part == 0] == -128).any():  # -128 * -1 in a byte
+                raise ValueError(
+                    f"{checkpoint.folder}: {module}.weight has -128 times a negative scale, which "
+                    "TensorRT can't hold; llamac quantize the unquantized checkpoint"
+                )
+        yield place, signed
 
 
 def _check_space(path: Path, num_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ from quantized_folders import (
     reference_logits,
     write_folder,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamac.export import export_bundle
@@ -33,7 +36,12 @@ from llamac.model.config import LlamaConfig
 from llamac.model.kernels.packed_product import dequantize
 from llamac.model.packed import PackedFormat
 from llamac.model.quantization import parse_recipe, quantize_checkpoint
-from llamac.runtime.bundle.manifest import MANIFEST_NAME, Manifest, content_digest
+from llamac.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    WEIGHT_BYTES,
+    Manifest,
+    content_digest,
+)
 from llamac.runtime.bundle.memory_needs import memory_needs
 from llamac.runtime.bundle.opening import open_bundle
 from llamac.runtime.ort.ort_backend import OrtBackend
@@ -56,7 +64,7 @@ def packed_model(
 ) -> tuple[Path, dict[str, Tensor]]:
     """Writes a folder of random packed weights; gives what they stand for.
 
-    None packs with one group for all columns of a row.
+    Some scales are negative, some are 0. None packs with one group for all columns of a row.
     """
     weights = plain_weights(**keys)
     tensors: dict[str, Tensor] = {}
@@ -73,7 +81,7 @@ def packed_model(
         one = form or PackedFormat(bits=channel_bits, group_size=width, scale_dtype="float32")
         packed[module] = one
         parts = {
-            part: torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+            part: torch.randint(1, 256, shape, generator=generator).to(torch.uint8)
             if dtype == "uint8"
             else torch.randperm(width, generator=generator).int()
             if dtype == "int32"
@@ -81,6 +89,7 @@ def packed_model(
             / (0.4 * 2**one.bits)
             for part, (shape, dtype) in one.tensors(num_rows, width).items()
         }
+        parts["weight_scale"][::7, -1] = 0
         if one.minimum_dtype is not None:
             parts["weight_minimum"] = parts["weight_minimum"] * 2 ** (one.bits - 2)
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
@@ -239,6 +248,43 @@ def test_tensorrt_takes_every_form(tmp_path: Path, name: str):
     options = {"targets": ("tensorrt",), "dtype": "bfloat16", **SIZES}
     bundle = export_bundle(open_checkpoint(folder), tmp_path / "bundle", **options)
     assert [engine.problems for engine in build_engines(bundle)] == [(), ()]
+
+
+@pytest.mark.parametrize("scale", ["float32", "bfloat16"])
+def test_tensorrt_gets_no_scale_of_8_bits_that_is_not_positive(tmp_path: Path, scale: str):
+    form = PackedFormat(bits=8, group_size=16, scale_dtype=scale)
+    folder, _ = packed_model(tmp_path / "checkpoint", form)
+    checkpoint = open_checkpoint(folder)
+    options = {"targets": ("cpu", "tensorrt"), "dtype": "float16", **SIZES}
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", **options)
+    with safe_open(bundle.folder / "model-signed.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.endswith("weight_positive_scale")]
+        assert len(names) == 15
+        assert all((file.get_tensor(name) > 0).all() for name in names)
+    # Each target reads one of the two kinds of scales.
+    scales = sum(
+        math.prod(checkpoint.tensors[name].shape) * WEIGHT_BYTES[scale]
+        for name in checkpoint.tensors
+        if name.endswith("weight_scale")
+    )
+    stored = sum(record.bytes for name, record in bundle.files.items() if "model" in name)
+    assert stored > memory_needs(bundle, "tensorrt").weight_bytes + scales
+
+
+def test_a_value_without_its_opposite_is_refused_for_tensorrt(tmp_path: Path):
+    """-128 times a negative scale: no byte holds 128."""
+    folder, _ = packed_model(tmp_path / "checkpoint", FORMS["int8"])
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    module = LINEARS[0]
+    row, group = (tensors[f"{module}.weight_scale"] < 0).nonzero()[0].tolist()
+    tensors[f"{module}.weight_packed"][row, group * 16] = 0
+    save_file(tensors, path)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(ValueError, match=f"{module}.weight has -128 times a negative scale"):
+        export_bundle(checkpoint, tmp_path / "bundle", targets=("tensorrt",), **SIZES)
+    assert not (tmp_path / "bundle").exists()
+    export_bundle(checkpoint, tmp_path / "bundle", targets=("cpu",), **SIZES)
 
 
 @needs_tensorrt

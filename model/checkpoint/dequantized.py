@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.packed_product import dequantize
 from .stored import Checkpoint
 
-__all__ = ["read_dequantized"]
+__all__ = ["read_dequantized", "read_whole"]
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -31,7 +31,7 @@ def read_dequantized(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice,
         yield from _by_rows(checkpoint, name)
         return
     names = [n for n in checkpoint.tensors if n.startswith(f"{module}.weight_")]
-    parts = {n.rpartition("_")[2]: _whole(checkpoint, n) for n in names}
+    parts = {n.rpartition("_")[2]: read_whole(checkpoint, n) for n in names}
     width = parts["packed"].shape[1] * 8 // form.bits
     order = parts.pop("order", None)
     step = max(1, _BLOCK_ELEMENTS // width)
@@ -55,10 +55,19 @@ def _by_rows(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]
             yield place[0], part
             del part
     else:
-        yield slice(0, shape[0]), _whole(checkpoint, name)
+        yield slice(0, shape[0]), read_whole(checkpoint, name)
 
 
-def _whole(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_whole(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Reads one tensor as it is stored.
+
+    Args:
+        checkpoint: What is read.
+        name: One of its tensors.
+
+    Returns:
+        All of it.
+    """
     stored = checkpoint.tensors[name]
     whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
     for _, place, part in checkpoint.read([name]):

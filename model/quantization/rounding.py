@@ -13,10 +13,11 @@ __all__ = ["round_weight"]
 
 # Scales that are tried, as multiples of that which makes the element of the largest magnitude the
 # lowest value: smaller ones clip it and round the others finer, with negative ones it becomes the
-# highest. With 8 bits they differ by as much as their dtype can tell: the luckiest is taken.
+# highest. TensorRT takes 8 bits with positive scales alone, so there it becomes what its own sign
+# says; scales differ by as much as their dtype can tell, and the luckiest is taken.
 _TRIED = {
     4: (1.0, 0.95, 0.9, 0.85, -1.05, -8 / 7),
-    8: (1.0, 0.992, 0.984, 0.976, -1.008, -1.016),
+    8: (1.0, 0.992, 0.984, 0.976, 1.008, 1.016),
 }
 
 
@@ -35,6 +36,8 @@ def round_weight(weight: Tensor, form: PackedFormat) -> tuple[Tensor, Tensor]:
     """
     groups = weight.unflatten(1, (-1, form.group_size))  # [N, K / g, g]
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # [N, K / g, 1]
+    if form.bits == 8:
+        largest = -largest.abs()
     half = 2 ** (form.bits - 1)
     dtype = getattr(torch, form.scale_dtype)
     first, *others = _TRIED[form.bits]

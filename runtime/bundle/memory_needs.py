@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from .manifest import ITEM_BYTES, WEIGHT_BYTES, GraphFile, Manifest, StoredWeight
 
-__all__ = ["MemoryNeeds", "memory_needs"]
+__all__ = ["OF_TENSORRT", "MemoryNeeds", "memory_needs"]
 
 # Forms of packed weights; see llamac.export.weights.
-_OF_TENSORRT = (".weight_signed", ".weight_unpacked")
+OF_TENSORRT = (".weight_signed", ".weight_positive_scale", ".weight_unpacked")
 _NOT_OF_TENSORRT = (".weight_packed",)
 
 
@@ -83,13 +83,17 @@ def memory_needs(
 def _read_weights(manifest: Manifest, target: str, dtype: str) -> dict[str, StoredWeight]:
     """Name to the weight that the target's graphs read; of several dtypes their own."""
     found: dict[str, StoredWeight] = {}
-    others = _NOT_OF_TENSORRT if target == "tensorrt" else _OF_TENSORRT
+    others = _NOT_OF_TENSORRT if target == "tensorrt" else OF_TENSORRT
     for file in manifest.weights:
         for name, stored in file.tensors.items():
             if name.startswith("rope.") or name.endswith(others):
                 continue
             if stored.dtype == dtype or name not in found:
                 found[name] = stored
+    for name in list(found):
+        module, _, key = name.rpartition(".")
+        if key == "weight_positive_scale" and f"{module}.weight_minimum" not in found:
+            del found[f"{module}.weight_scale"]
     return found
 
 
