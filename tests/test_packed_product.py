@@ -64,19 +64,38 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("form")
-def test_activations_of_like_size_beside_huge_ones_lose_nothing_to_integers():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "num_x"), [(8, 3), (8, 1), (4, 1)])
+def test_activations_of_like_size_beside_huge_ones_lose_nothing_to_integers(
+    bits: int, num_x: int, dtype: torch.dtype
+):
     if packed_product.cpp_library() is None:
         pytest.skip("without the library a weight is rounded to x's dtype")
-    weight = PackedWeight(67, 576, bits=8, dtype=torch.float32)
-    x = random_x(3, 576, torch.bfloat16)
+    weight = PackedWeight(67, 640, bits=bits, dtype=dtype)
+    x = random_x(num_x, 640, torch.bfloat16)
     x[:, ::97] *= 3000  # what LLaMAs have in a few columns
-    x[1, 8:16] = 0
+    x[-1, 8:16] = 0
     exact = x.double() @ weight.exact.t()
     out = multiply(x, weight)[0].double()
-    # The result's own rounding, and 2^-15 of the largest of each four times their weights.
-    largest = x.double().abs().unflatten(1, (-1, 4)).amax(-1)
-    weights = weight.exact.abs().unflatten(1, (-1, 4)).sum(-1)
+    # The result's own rounding, and 2^-15 of the largest of each lane's columns times their weights.
+    lane = 32 // bits
+    largest = x.double().abs().unflatten(1, (-1, lane)).amax(-1)
+    weights = weight.exact.abs().unflatten(1, (-1, lane)).sum(-1)
     assert ((out - exact).abs() <= 2**-8 * exact.abs() + 2**-15 * largest @ weights.t()).all()
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_x", [1, 3])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bits: int, num_x: int, x_dtype: torch.dtype, value: float):
+    weight = PackedWeight(19, 256, bits=bits, dtype=torch.bfloat16)
+    x = random_x(num_x, 256, x_dtype)
+    x[-1, 77] = value
+    out = multiply(x, weight)[0]
+    assert not out[-1].isfinite().any()
+    assert out[:-1].isfinite().all()
 
 
 @pytest.mark.usefixtures("form")

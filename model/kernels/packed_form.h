@@ -1,5 +1,6 @@
 // A block of a packed weight's bytes as a vector, how its fields become factors of products, and what
-// they are multiplied with.
+// they are multiplied with. The fields of signed forms are less the zero point, and their scales are
+// read where they lie.
 #pragma once
 
 #include "vectors.h"
@@ -8,6 +9,7 @@ namespace {
 
 template <int BITS>
 struct FloatForm {
+  static constexpr bool IS_SIGNED = false;
   static constexpr int COLUMNS = 32 / BITS;  // of a lane
   static constexpr int VECTORS = COLUMNS;    // of a block's x
   struct Factors {
@@ -51,20 +53,35 @@ struct FloatForm {
 };
 
 #ifdef LLAMAC_BRAINS
-// For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
+// What the bits of a table's numbers are, twice the sixteen less a zero point.
+struct BrainTable {
+  alignas(64) uint16_t numbers[32];
+
+  constexpr explicit BrainTable(int zero_point) : numbers() {
+    for (int i = 0; i < 32; i++) {
+      const int number = i % 16 - zero_point, size = number < 0 ? -number : number;
+      int exponent = 0;
+      while (size >> (exponent + 1)) exponent++;
+      const int bits = (exponent + 127) << 7 | ((size << 7 >> exponent) & 127);
+      numbers[i] = uint16_t(size ? bits | (number < 0 ? 0x8000 : 0) : 0);
+    }
+  }
+};
+
+// For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact. Signed ones, less
+// the zero point, with scales of bfloat16 that are read where they are.
+template <bool SIGNED>
 struct BrainForm {
+  static constexpr bool IS_SIGNED = SIGNED;
   static constexpr int COLUMNS = 8, VECTORS = 4;
   struct Factors {
     __m512bh fields[VECTORS];
   };
 
   static Factors factors(Words words) {
-    // The numbers 0 to 15, twice: of an index's bits the fifth, a neighbour's, changes nothing.
-    alignas(64) static constexpr uint16_t TABLE[32] = {
-        0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
-        0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    const Words table = _mm512_load_si512(TABLE);
+    // Of an index's bits the fifth, a neighbour's, changes nothing.
+    static constexpr BrainTable TABLE(SIGNED ? 8 : 0);
+    const Words table = _mm512_load_si512(TABLE.numbers);
     Factors result;
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
@@ -110,49 +127,73 @@ struct BrainForm {
 #endif
 
 #ifdef LLAMAC_BYTES
-// For an x of bfloat16 and 8 bits: the four numbers of a lane become integers of 15 bits and a scale,
-// each within 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and
-// lower halves are bytes, which are multiplied as bytes.
+// For an x of bfloat16: the numbers of a lane become integers of 15 bits and a scale, each within
+// 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and lower halves are
+// bytes, which are multiplied as bytes.
+template <int BITS, bool SIGNED>
 struct ByteForm {
-  static constexpr int COLUMNS = 4, VECTORS = 3;
+  static constexpr bool IS_SIGNED = SIGNED;
+  static constexpr int COLUMNS = 32 / BITS, FACTORS = 8 / BITS;
+  // Upper and lower bytes for each factor, the scales, and what the zero point takes away.
+  static constexpr int SCALE = 2 * FACTORS, OFFSET = SCALE + 1, VECTORS = OFFSET + 1;
   static constexpr float LARGEST = 127 * 128 + 63;
   struct Factors {
-    Words bytes;
+    Words bytes[FACTORS];
   };
 
-  static Factors factors(Words words) { return {words}; }
+  static Factors factors(Words words) {
+    Factors result;
+    for (int i = 0; i < FACTORS; i++) {
+      const Words half = i ? _mm512_srli_epi32(words, 4) : words;
+      result.bytes[i] = BITS == 8 ? words : _mm512_and_si512(half, _mm512_set1_epi8(15));
+    }
+    return result;
+  }
   static Floats multiply(const Factors& factors, const float* x) {
-    const Words none = _mm512_setzero_si512();
-    const Words high = _mm512_dpbusd_epi32(none, factors.bytes, load_words(x));
-    const Words low = _mm512_dpbusd_epi32(none, factors.bytes, load_words(x + LANES));
-    const Words total = _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(total), load(x + 2 * LANES));
+    Words upper = _mm512_setzero_si512();
+    Words lower = SIGNED ? load_words(x + OFFSET * LANES) : upper;
+#pragma GCC unroll 2
+    for (int i = 0; i < FACTORS; i++) {
+      upper = _mm512_dpbusd_epi32(upper, factors.bytes[i], load_words(x + 2 * i * LANES));
+      lower = _mm512_dpbusd_epi32(lower, factors.bytes[i], load_words(x + (2 * i + 1) * LANES));
+    }
+    const Words total = _mm512_add_epi32(_mm512_slli_epi32(upper, 7), lower);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(total), load(x + SCALE * LANES));
   }
   static void arrange(const float* columns, float* x, float* sums) {
-    const Words lanes = _mm512_slli_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 2);
-    Floats fields[COLUMNS], most = zeros();
+    const Words lanes = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(COLUMNS));
+    Floats fields[COLUMNS], most = zeros(), no_number = zeros();
+#pragma GCC unroll 8
     for (int field = 0; field < COLUMNS; field++) {
       fields[field] = _mm512_i32gather_ps(lanes, columns + field, 4);
       most = _mm512_max_ps(_mm512_abs_ps(fields[field]), most);
+      no_number = multiply_add(fields[field], zeros(), no_number);
     }
-    const Floats scale = _mm512_mul_ps(most, spread(1 / LARGEST));
+    const Floats scale = multiply_add(most, spread(1 / LARGEST), no_number);
     const __mmask16 has_any = _mm512_cmp_ps_mask(scale, zeros(), _CMP_NEQ_UQ);
     const Floats inverse = _mm512_maskz_div_ps(has_any, spread(1), scale);
-    Words upper = _mm512_setzero_si512(), lower = upper, total = upper;
-#pragma GCC unroll 4
+    Words upper[FACTORS] = {}, lower[FACTORS] = {}, total = _mm512_setzero_si512();
+#pragma GCC unroll 8
     for (int field = 0; field < COLUMNS; field++) {
       const Words number = _mm512_cvtps_epi32(_mm512_mul_ps(fields[field], inverse));
       const Words high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(64)), 7);
       const Words low = _mm512_sub_epi32(number, _mm512_slli_epi32(high, 7));
-      const __mmask64 own = 0x1111111111111111u << field;
-      upper = _mm512_mask_blend_epi8(own, upper, _mm512_slli_epi32(high, unsigned(8 * field)));
-      lower = _mm512_mask_blend_epi8(own, lower, _mm512_slli_epi32(low, unsigned(8 * field)));
+      const int byte = field / FACTORS, factor = field % FACTORS;
+      const __mmask64 own = 0x1111111111111111u << byte;
+      const unsigned shift = unsigned(8 * byte);
+      upper[factor] = _mm512_mask_blend_epi8(own, upper[factor], _mm512_slli_epi32(high, shift));
+      lower[factor] = _mm512_mask_blend_epi8(own, lower[factor], _mm512_slli_epi32(low, shift));
       total = _mm512_add_epi32(total, number);
     }
-    _mm512_storeu_si512(x, upper);
-    _mm512_storeu_si512(x + LANES, lower);
-    store(x + 2 * LANES, scale);
+    for (int i = 0; i < FACTORS; i++) {
+      _mm512_storeu_si512(x + 2 * i * LANES, upper[i]);
+      _mm512_storeu_si512(x + (2 * i + 1) * LANES, lower[i]);
+    }
+    store(x + SCALE * LANES, scale);
+    const Words zero_point = _mm512_slli_epi32(total, BITS - 1);
+    _mm512_storeu_si512(x + OFFSET * LANES, _mm512_sub_epi32(_mm512_setzero_si512(), zero_point));
     store(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
   }
 };

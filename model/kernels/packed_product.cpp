@@ -24,9 +24,9 @@ constexpr int ROWS_AT_ONCE = LANES == 16 ? 2 : 1;  // rows of a weight that ther
 // Rows of a weight that a part of x stays in the first cache for, and that part.
 constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // Where x is one row, that many distant rows are read at once, each straight through its own run of
-// rows: what is loaded of x serves all, and few runs are easily fetched ahead. They are more where x
-// doesn't stay in the first cache beside them.
-constexpr int64_t RUNS = 2, LONG_X_RUNS = 4, FETCHED_AHEAD = 512;
+// rows: what is loaded of x serves all, and few runs are easily fetched ahead.
+constexpr int64_t RUNS = 4, FETCHED_AHEAD = 512;
+constexpr int64_t SCALES_READ = 8;  // at once, of a signed form
 
 // x as a form reads it: [block, row of x] of the form's vectors, padded with zeros; and the sums of
 // its lanes, [row of x, block, lane].
@@ -99,8 +99,18 @@ struct Job {
   const float* vectors;     // Arranged
   const float* group_sums;  // of x
   Scratch scratch;
+  // Of the strip's rows: bfloat16 of a signed form, else float32 in the scratch.
+  const void** scales;
   Words lane_groups;  // of each lane of a block, relative to the block's first group
   int shift;
+
+  Floats lane_scales(const void* scales, int64_t group) const {
+#ifdef LLAMAC_AVX512
+    if constexpr (Form::IS_SIGNED)
+      return take_brains(static_cast<const uint16_t*>(scales) + group, lane_groups);
+#endif
+    return take(static_cast<const float*>(scales) + group, lane_groups);
+  }
 };
 
 // Rows of a weight: `count` from `first` on, `step` apart.
@@ -114,26 +124,26 @@ void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int6
                      int64_t last) {
   constexpr int64_t COLUMNS = Arranged<Form>::COLUMNS, FLOATS = Arranged<Form>::FLOATS;
   const PackedWeight& weight = job.weight;
-  const int64_t num_x = IS_ONE ? 1 : job.x.num_rows, groups = num_groups(weight, job.x);
+  const int64_t num_x = IS_ONE ? 1 : job.x.num_rows;
   const int64_t row_bytes = job.x.width * weight.bits / 8;
   const int64_t stride = rows.step * row_bytes;
   const uint8_t* bytes = weight.packed + rows.first * row_bytes + place * stride;
   const uint8_t* limit = weight.packed + weight.num_rows * row_bytes;
-  const float* scales = job.scratch.scales + place * groups;
   float* row_sums = job.scratch.sums + place * num_x * LANES;
-  const Words lane_groups = job.lane_groups;
-  const int shift = job.shift;
 
+  const void* scales[ROWS];
   Floats sums[ROWS][IS_ONE ? 1 : MAX_X_ROWS];
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < ROWS; r++) {
+    scales[r] = job.scales[place + r];
     for (int64_t m = 0; m < num_x; m++) sums[r][m] = load(row_sums + (r * num_x + m) * LANES);
+  }
 
   const auto add_block = [&](const Words* words, int64_t block) __attribute__((always_inline)) {
     typename Form::Factors factors[ROWS];
     Floats scale[ROWS];
     for (int r = 0; r < ROWS; r++) {
       factors[r] = Form::factors(words[r]);
-      scale[r] = take(scales + r * groups + (block * COLUMNS >> shift), lane_groups);
+      scale[r] = job.lane_scales(scales[r], block * COLUMNS >> job.shift);
     }
     const float* vectors = job.vectors + block * num_x * FLOATS;
     for (int64_t m = 0; m < num_x; m++, vectors += FLOATS)
@@ -147,7 +157,7 @@ void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int6
       const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
       // Into the first cache, or the second. Of 8 bits, whose blocks pass faster, the first one's
       // lines would replace x's; measured.
-      if constexpr (IS_ONE && ROWS <= RUNS) __builtin_prefetch(own + FETCHED_AHEAD, 0, 3);
+      if constexpr (IS_ONE) __builtin_prefetch(own + FETCHED_AHEAD, 0, 3);
       else if constexpr (Form::COLUMNS == 8) __builtin_prefetch(own + 2048, 0, 3);
       else __builtin_prefetch(own + 4096, 0, 2);
       words[r] = load_words(own);
@@ -174,9 +184,24 @@ void begin(const Job<Form>& job, const Rows& rows) {
   const PackedWeight& weight = job.weight;
   const Scratch& scratch = job.scratch;
   const int64_t groups = num_groups(weight, job.x), padded = divide_up(groups, LINE) * LINE;
+  if constexpr (Form::IS_SIGNED) {
+    const uint16_t* all = static_cast<const uint16_t*>(weight.scale);
+    for (int64_t row = 0; row < rows.count; row++) {
+      const int64_t first = (rows.first + row * rows.step) * groups;
+      job.scales[row] = all + first;
+      if (first + groups + SCALES_READ > weight.num_rows * groups) {  // behind the tensor's last
+        float* own = scratch.scales + row * groups;
+        std::memcpy(own, all + first, size_t(groups) * 2);
+        job.scales[row] = own;
+      }
+    }
+    std::fill_n(scratch.sums, rows.count * job.x.num_rows * LANES, 0.f);
+    return;
+  }
   const Floats zero_point = spread(-float(1 << (weight.bits - 1)));
   for (int64_t row = 0; row < rows.count; row++) {
     const int64_t first = (rows.first + row * rows.step) * groups, place = row * groups;
+    job.scales[row] = scratch.scales + place;
     for (int64_t i = 0; i < groups; i += LANES) {
       const Floats scales = load_as(weight.scale, weight.scale_type, first + i, groups - i);
       store(scratch.scales + place + i, scales);
@@ -242,17 +267,36 @@ void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
   }
 }
 
+// What finds a lane's scale, the group's index relative to the block's first; see take_brains.
+template <class Form>
+uint32_t scale_index(int64_t group) {
+  return uint32_t(Form::IS_SIGNED ? (2 * group + 1) << 24 | 2 * group << 16 | 0x8080 : group);
+}
+
 // Calls the generic function with the form of this x and these bits.
-template <class Function>
+template <bool SIGNED, class Function>
 void with_form(const X& x, int64_t bits, Function function) {
-#ifdef LLAMAC_BRAINS
-  if (x.type == BFLOAT16 && bits == 4) return function(BrainForm());
-#endif
 #ifdef LLAMAC_BYTES
-  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm());
+  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm<8, SIGNED>());
+  if (x.type == BFLOAT16 && x.num_rows == 1) return function(ByteForm<4, SIGNED>());
+#endif
+#ifdef LLAMAC_BRAINS
+  if (x.type == BFLOAT16 && bits == 4) return function(BrainForm<SIGNED>());
 #endif
   if (bits == 8) function(FloatForm<8>());
   else function(FloatForm<4>());
+}
+
+// The same with a weight's own form, which takes x as the others of its bits do.
+template <class Function>
+void with_own_form(const X& x, const PackedWeight& weight, Function function) {
+  // Behind x's last column, where x is zero, the next row's scales could be no numbers. Of 8 bits a
+  // zero point costs more than groups' sums where several rows of x have one each; measured.
+  const bool is_whole = x.width % (BLOCK_BYTES * 8 / weight.bits) == 0;
+  const bool is_cheap = weight.bits == 4 || x.num_rows == 1;
+  if (is_whole && is_cheap && weight.scale_type == BFLOAT16 && !weight.minimum)
+    with_form<true>(x, weight.bits, function);
+  else with_form<false>(x, weight.bits, function);
 }
 
 }  // namespace
@@ -267,7 +311,7 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   for (int i = 0; i < 2; i++) {
     arranged[i] = size;
     if (is_used[i])
-      with_form(x, 4 * (i + 1), [&](auto form) {
+      with_form<false>(x, 4 * (i + 1), [&](auto form) {
         using Own = Arranged<decltype(form)>;
         size += Own::num_floats(x) + Own::num_sums(x);
       });
@@ -280,33 +324,33 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   // One row is not worth the wait for other threads.
   for (int i = 0; i < 2; i++)
     if (is_used[i])
-      with_form(x, 4 * (i + 1), [&](auto form) {
+      with_form<false>(x, 4 * (i + 1), [&](auto form) {
         Arranged<decltype(form)>::fill(x, scratch + arranged[i], int(num_threads));
       });
   for (int64_t i = 0; i < num_weights; i++)
-    with_form(x, weights[i].bits, [&](auto form) {
-      fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
+    with_own_form(x, weights[i], [&](auto form) {
+      if constexpr (!decltype(form)::IS_SIGNED)
+        fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                                       scratch + sums + i * sums_each);
     });
 #pragma omp parallel num_threads(int(num_threads))
   {
     const int64_t thread = thread_index(), count = thread_count();
     for (int64_t i = 0; i < num_weights; i++)
-      with_form(x, weights[i].bits, [&](auto form) {
+      with_own_form(x, weights[i], [&](auto form) {
         using Form = decltype(form);
         const int shift = group_shift(weights[i]);
+        const void* scales[STRIP];
         alignas(64) uint32_t lane_groups[LANES];
         for (int64_t lane = 0; lane < LANES; lane++)
-          lane_groups[lane] = uint32_t(lane * Form::COLUMNS >> shift);
+          lane_groups[lane] = scale_index<Form>(lane * Form::COLUMNS >> shift);
         const Job<Form> job{weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                             scratch + sums + i * sums_each,
                             Scratch(x, scratch + own + thread * Scratch::num_floats(x)),
-                            load_words(lane_groups), shift};
+                            scales, load_words(lane_groups), shift};
         const int64_t rows = weights[i].num_rows;
         const int64_t first = rows * thread / count, last = rows * (thread + 1) / count;
-        const int64_t x_bytes = 4 * Arranged<Form>::num_floats(x);
         if (num_x > 1) multiply_several(job, first, last);
-        else if (x_bytes > CHUNK_BYTES) multiply_one<Form, LONG_X_RUNS>(job, first, last);
         else multiply_one<Form, RUNS>(job, first, last);
       });
   }

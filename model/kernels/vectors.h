@@ -38,6 +38,12 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats take(const float* from, Words lanes) {
   return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x8(_mm256_loadu_ps(from)));
 }
+// Of eight numbers of bfloat16; of each lane the upper bytes of `bytes` are those of its number, the
+// lower ones 0x80.
+inline Floats take_brains(const uint16_t* from, Words bytes) {
+  const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), bytes));
+}
 inline Floats masked(Words words, uint32_t mask) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(mask))));
 }
