@@ -77,7 +77,7 @@ def test_activations_of_like_size_beside_huge_ones_lose_nothing_to_integers(
     x[-1, 8:16] = 0
     exact = x.double() @ weight.exact.t()
     out = multiply(x, weight)[0].double()
-    # The result's own rounding, and 2^-15 of the largest of each lane's columns times their weights.
+    # The result's own rounding, and 2^-15 of the largest of a lane's columns times their weights.
     lane = 32 // bits
     largest = x.double().abs().unflatten(1, (-1, lane)).amax(-1)
     weights = weight.exact.abs().unflatten(1, (-1, lane)).sum(-1)

@@ -20,6 +20,8 @@ __all__ = ["load_library"]
 
 logger = logging.getLogger(__name__)
 
+# Without the traps and errno that nobody asks for, loops with conditions become vectors.
+_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fno-trapping-math", "-fno-math-errno")
 _DIGEST_BYTES = 32
 
 
@@ -42,7 +44,7 @@ def load_library(sources: tuple[Path, ...], *options: str) -> ctypes.CDLL | None
         logger.info("%s: no library, the compiler %s is missing", sources[0].name, compiler_name())
         return None
     options = options or ("-march=native",)
-    facts = (version, instruction_set(), options, torch.__version__)
+    facts = (version, instruction_set(), _FLAGS, options, torch.__version__)
     digest = hashlib.sha256(repr(facts).encode())
     for source in (*sources, *sorted(sources[0].parent.glob("*.h"))):
         digest.update(source.read_bytes())
@@ -71,18 +73,17 @@ def _is_intact(path: Path) -> bool:
 
 def _compile(sources: tuple[Path, ...], path: Path, options: tuple[str, ...]) -> None:
     """Compiles the files side by side, then links them."""
-    flags = ("-O3", "-std=c++17", "-fopenmp", "-fPIC")
     libraries = [option for option in options if option.startswith(("-L", "-l"))]
     rest = [option for option in options if option not in libraries]
     with tempfile.TemporaryDirectory(dir=path.parent) as work, ThreadPoolExecutor() as pool:
         objects = [str(Path(work, f"{source.stem}.o")) for source in sources]
         commands = [
-            (*flags, *rest, "-c", "-o", made, str(source))
+            (*_FLAGS, *rest, "-c", "-o", made, str(source))
             for source, made in zip(sources, objects, strict=True)
         ]
         _ = [*pool.map(_run_compiler, commands)]
         made = Path(work, path.name)
-        _run_compiler((*flags, *rest, "-shared", "-o", str(made), *objects, *libraries))
+        _run_compiler((*_FLAGS, *rest, "-shared", "-o", str(made), *objects, *libraries))
         with made.open("r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())
         os.replace(made, path)

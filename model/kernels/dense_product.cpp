@@ -147,16 +147,15 @@ bool multiply(const X& x, const DenseWeight* weights, int64_t num_weights, int64
   const size_t bytes = size_t(num_places * Row::VECTORS * LANES) * 4;
   float* vectors = static_cast<float*>(std::aligned_alloc(64, bytes));
   if (!vectors) return false;
+  RowPieces pieces(weights, num_weights, x.width, num_threads,
+                   [&](const DenseWeight&) { return x.type == FLOAT32 ? 32 : 16; });
 #pragma omp parallel num_threads(int(num_threads))
   {
 #pragma omp for
     for (int64_t place = 0; place < num_places; place++) arrange<Row, M>(x, vectors, place);
-    const int64_t thread = thread_index(), count = thread_count();
-    for (int64_t i = 0; i < num_weights; i++) {
-      const int64_t rows = weights[i].num_rows;
-      multiply_rows<Row, M>({x, weights[i], vectors}, rows * thread / count,
-                            rows * (thread + 1) / count);
-    }
+    pieces.run([&](int64_t i, int64_t first, int64_t last) {
+      multiply_rows<Row, M>({x, weights[i], vectors}, first, last);
+    });
   }
   std::free(vectors);
   return true;

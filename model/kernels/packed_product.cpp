@@ -333,10 +333,12 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
         fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                                       scratch + sums + i * sums_each);
     });
+  RowPieces pieces(weights, num_weights, width, num_threads,
+                   [](const PackedWeight& weight) { return weight.bits; });
 #pragma omp parallel num_threads(int(num_threads))
   {
-    const int64_t thread = thread_index(), count = thread_count();
-    for (int64_t i = 0; i < num_weights; i++)
+    const int64_t thread = thread_index();
+    pieces.run([&](int64_t i, int64_t first, int64_t last) {
       with_own_form(x, weights[i], [&](auto form) {
         using Form = decltype(form);
         const int shift = group_shift(weights[i]);
@@ -348,11 +350,10 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
                             scratch + sums + i * sums_each,
                             Scratch(x, scratch + own + thread * Scratch::num_floats(x)),
                             scales, load_words(lane_groups), shift};
-        const int64_t rows = weights[i].num_rows;
-        const int64_t first = rows * thread / count, last = rows * (thread + 1) / count;
         if (num_x > 1) multiply_several(job, first, last);
         else multiply_one<Form, RUNS>(job, first, last);
       });
+    });
   }
   std::free(scratch);
   return 1;
