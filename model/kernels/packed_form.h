@@ -1,6 +1,5 @@
 // A block of a packed weight's bytes as a vector, how its fields become factors of products, and what
-// they are multiplied with. The fields of signed forms are less the zero point, and their scales are
-// read where they lie.
+// they are multiplied with.
 #pragma once
 
 #include "vectors.h"
@@ -9,9 +8,10 @@ namespace {
 
 template <int BITS>
 struct FloatForm {
-  static constexpr bool IS_SIGNED = false;
-  static constexpr int COLUMNS = 32 / BITS;  // of a lane
-  static constexpr int VECTORS = COLUMNS;    // of a block's x
+  static constexpr bool READS_SCALES = false;  // as they lie; else float32 of them
+  static constexpr int COLUMNS = 32 / BITS;    // of a lane
+  static constexpr int VECTORS = COLUMNS;      // of a block's x
+  static constexpr int START = 0;              // of these, what `multiply` is given besides
   struct Factors {
     Floats fields[COLUMNS];
   };
@@ -19,7 +19,11 @@ struct FloatForm {
   // The last field is shifted: masked in place it could be negative.
   static constexpr bool is_shifted(int field) { return field == COLUMNS - 1; }
 
-  static Factors factors(Words words) {
+  // Whether the zero point is taken from the products with that many rows of x, else from their sums.
+  static bool has_zero_point(int64_t) { return false; }
+  static Words table(bool) { return Words(); }
+
+  static Factors factors(Words words, Words) {
     Factors result;
 #pragma GCC unroll 8
     for (int field = 0; field < COLUMNS; field++)
@@ -29,7 +33,8 @@ struct FloatForm {
     return result;
   }
   // Of every lane's fields.
-  static Floats multiply(const Factors& factors, const float* x) {
+  template <bool IS_ONE>
+  static Floats multiply(const Factors& factors, const float* x, const float*) {
     Floats even = zeros(), odd = zeros();
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i += 2) {
@@ -68,21 +73,23 @@ struct BrainTable {
   }
 };
 
-// For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact. Signed ones, less
-// the zero point, with scales of bfloat16 that are read where they are.
-template <bool SIGNED>
+// For several rows of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
 struct BrainForm {
-  static constexpr bool IS_SIGNED = SIGNED;
-  static constexpr int COLUMNS = 8, VECTORS = 4;
+  static constexpr bool READS_SCALES = true;
+  static constexpr int COLUMNS = 8, VECTORS = 4, START = 0;
   struct Factors {
     __m512bh fields[VECTORS];
   };
 
-  static Factors factors(Words words) {
-    // Of an index's bits the fifth, a neighbour's, changes nothing.
-    static constexpr BrainTable TABLE(SIGNED ? 8 : 0);
-    const Words table = _mm512_load_si512(TABLE.numbers);
+  static bool has_zero_point(int64_t) { return true; }
+  static Words table(bool has_zero_point) {
+    static constexpr BrainTable UNSIGNED(0), SIGNED(8);
+    return load_words((has_zero_point ? SIGNED : UNSIGNED).numbers);
+  }
+
+  static Factors factors(Words words, Words table) {
     Factors result;
+    // Of an index's bits the fifth, a neighbour's, changes nothing.
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
       const Words index = i ? _mm512_srli_epi16(words, unsigned(4 * i)) : words;
@@ -90,7 +97,8 @@ struct BrainForm {
     }
     return result;
   }
-  static Floats multiply(const Factors& factors, const float* x) {
+  template <bool IS_ONE>
+  static Floats multiply(const Factors& factors, const float* x, const float*) {
     Floats even = zeros(), odd = zeros();
 #pragma GCC unroll 2
     for (int i = 0; i < VECTORS; i += 2) {
@@ -130,18 +138,22 @@ struct BrainForm {
 // For an x of bfloat16: the numbers of a lane become integers of 15 bits and a scale, each within
 // 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and lower halves are
 // bytes, which are multiplied as bytes.
-template <int BITS, bool SIGNED>
+template <int BITS>
 struct ByteForm {
-  static constexpr bool IS_SIGNED = SIGNED;
+  static constexpr bool READS_SCALES = true;
   static constexpr int COLUMNS = 32 / BITS, FACTORS = 8 / BITS;
   // Upper and lower bytes for each factor, the scales, and what the zero point takes away.
-  static constexpr int SCALE = 2 * FACTORS, OFFSET = SCALE + 1, VECTORS = OFFSET + 1;
+  static constexpr int SCALE = 2 * FACTORS, START = SCALE + 1, VECTORS = START + 1;
   static constexpr float LARGEST = 127 * 128 + 63;
   struct Factors {
     Words bytes[FACTORS];
   };
 
-  static Factors factors(Words words) {
+  // Of several rows it would be another vector to read for each.
+  static bool has_zero_point(int64_t num_rows) { return num_rows == 1; }
+  static Words table(bool) { return Words(); }
+
+  static Factors factors(Words words, Words) {
     Factors result;
     for (int i = 0; i < FACTORS; i++) {
       const Words half = i ? _mm512_srli_epi32(words, 4) : words;
@@ -149,9 +161,10 @@ struct ByteForm {
     }
     return result;
   }
-  static Floats multiply(const Factors& factors, const float* x) {
+  template <bool IS_ONE>
+  static Floats multiply(const Factors& factors, const float* x, const float* start) {
     Words upper = _mm512_setzero_si512();
-    Words lower = SIGNED ? load_words(x + OFFSET * LANES) : upper;
+    Words lower = IS_ONE ? load_words(start) : upper;
 #pragma GCC unroll 2
     for (int i = 0; i < FACTORS; i++) {
       upper = _mm512_dpbusd_epi32(upper, factors.bytes[i], load_words(x + 2 * i * LANES));
@@ -193,7 +206,7 @@ struct ByteForm {
     }
     store(x + SCALE * LANES, scale);
     const Words zero_point = _mm512_slli_epi32(total, BITS - 1);
-    _mm512_storeu_si512(x + OFFSET * LANES, _mm512_sub_epi32(_mm512_setzero_si512(), zero_point));
+    _mm512_storeu_si512(x + START * LANES, _mm512_sub_epi32(_mm512_setzero_si512(), zero_point));
     store(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
   }
 };

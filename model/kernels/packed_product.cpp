@@ -6,10 +6,16 @@
 // large, which x makes up for. So x is arranged once: for each block the first columns of all
 // lanes, then the second ones. A lane's columns share a scale, so that a block is one product of
 // vectors and scales.
+// GCC's choice of induction variables spills the pointers of the loop over blocks.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-ivopts")
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <numeric>
+#include <type_traits>
 
 #include "packed_form.h"
 #include "packed_weight.h"
@@ -18,7 +24,6 @@
 
 namespace {
 
-constexpr int64_t MAX_X_ROWS = 16;
 constexpr int64_t LINE = 16;  // floats of a line of the cache
 constexpr int ROWS_AT_ONCE = LANES == 16 ? 2 : 1;  // rows of a weight that there are registers for
 // Rows of a weight that a part of x stays in the first cache for, and that part.
@@ -26,7 +31,8 @@ constexpr int64_t STRIP = 8, CHUNK_BYTES = 16384;
 // Where x is one row, that many distant rows are read at once, each straight through its own run of
 // rows: what is loaded of x serves all, and few runs are easily fetched ahead.
 constexpr int64_t RUNS = 4, FETCHED_AHEAD = 512;
-constexpr int64_t SCALES_READ = 8;  // at once, of a signed form
+constexpr int64_t SCALES_READ = 8;  // at once, as they lie
+constexpr int IN_SCRATCH = -1;      // in place of their type, where they aren't
 
 // x as a form reads it: [block, row of x] of the form's vectors, padded with zeros; and the sums of
 // its lanes, [row of x, block, lane].
@@ -91,67 +97,105 @@ struct Scratch {
       : sums(floats), scales(sums + num_sums(x)), offsets(scales + num_scales(x)) {}
 };
 
-// What a thread multiplies.
-template <class Form>
+// What a thread multiplies. SCALES is the type of the scales that are read, or IN_SCRATCH.
+template <class Form, int SCALES>
 struct Job {
   const PackedWeight& weight;
   const X& x;
   const float* vectors;     // Arranged
   const float* group_sums;  // of x
   Scratch scratch;
-  // Of the strip's rows: bfloat16 of a signed form, else float32 in the scratch.
-  const void** scales;
-  Words lane_groups;  // of each lane of a block, relative to the block's first group
+  const void** scales;  // of the strip's rows
+  Words lane_groups;    // see lane_groups_of
   int shift;
-
-  Floats lane_scales(const void* scales, int64_t group) const {
-#ifdef LLAMAC_AVX512
-    if constexpr (Form::IS_SIGNED)
-      return take_brains(static_cast<const uint16_t*>(scales) + group, lane_groups);
-#endif
-    return take(static_cast<const float*>(scales) + group, lane_groups);
-  }
+  bool has_zero_point;  // see Form
+  Words table;          // the form's
+  const float* starts;  // what the form's `multiply` is given for the first block
+  int64_t start_step;
 };
+
+// The scales of a block's lanes, of a row's from a group on.
+template <int SCALES>
+Floats lane_scales(const void* row, int64_t group, Words lane_groups) {
+#ifdef LLAMAC_AVX512
+  const uint16_t* halves = static_cast<const uint16_t*>(row) + group;
+  if constexpr (SCALES == BFLOAT16) return take_brains(halves, lane_groups);
+  if constexpr (SCALES == FLOAT16) return take_halves(halves, lane_groups);
+#endif
+  return take(static_cast<const float*>(row) + group, lane_groups);
+}
+
+// What finds the lanes' scales among those of a block's groups.
+template <class Form, int SCALES>
+Words lane_groups_of(int shift) {
+  alignas(64) uint8_t bytes[4 * LANES] = {};
+  for (int64_t lane = 0; lane < LANES; lane++) {
+    const uint32_t group = uint32_t(lane * Form::COLUMNS >> shift);
+    const uint32_t two = (2 * group + 1) << 8 | 2 * group;  // its bytes of 16 bits
+    const uint32_t word = SCALES == BFLOAT16 ? two << 16 | 0x8080 : SCALES == FLOAT16 ? two : group;
+    const int64_t size = SCALES == FLOAT16 ? 2 : 4;
+    std::memcpy(bytes + size * lane, &word, size_t(size));
+  }
+  return load_words(bytes);
+}
 
 // Rows of a weight: `count` from `first` on, `step` apart.
 struct Rows {
   int64_t first, count, step;
 };
 
-// Adds the products of x with ROWS of the rows, `place` on, in the blocks first to last.
-template <class Form, int ROWS, bool IS_ONE>
-void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int64_t first,
-                     int64_t last) {
+// Adds the products of NUM_X rows of x, first_x on, with ROWS of the rows, `place` on, in the blocks
+// first to last. IS_ONE says that x has no other row.
+template <int ROWS, int NUM_X, bool IS_ONE, class Form, int SCALES>
+void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t place, int64_t first_x,
+                     int64_t first, int64_t last) {
   constexpr int64_t COLUMNS = Arranged<Form>::COLUMNS, FLOATS = Arranged<Form>::FLOATS;
   const PackedWeight& weight = job.weight;
-  const int64_t num_x = IS_ONE ? 1 : job.x.num_rows;
+  const int64_t all_x = IS_ONE ? 1 : job.x.num_rows;
   const int64_t row_bytes = job.x.width * weight.bits / 8;
   const int64_t stride = rows.step * row_bytes;
   const uint8_t* bytes = weight.packed + rows.first * row_bytes + place * stride;
   const uint8_t* limit = weight.packed + weight.num_rows * row_bytes;
-  float* row_sums = job.scratch.sums + place * num_x * LANES;
+  float* row_sums = job.scratch.sums + (place * all_x + first_x) * LANES;
+
+  const float *all_vectors = job.vectors + first_x * FLOATS, *starts = job.starts;
+  const int64_t start_step = job.start_step;
+  const Words lane_groups = job.lane_groups, table = job.table;
+  const int shift = job.shift;
 
   const void* scales[ROWS];
-  Floats sums[ROWS][IS_ONE ? 1 : MAX_X_ROWS];
+  Floats sums[ROWS][NUM_X];
   for (int r = 0; r < ROWS; r++) {
     scales[r] = job.scales[place + r];
-    for (int64_t m = 0; m < num_x; m++) sums[r][m] = load(row_sums + (r * num_x + m) * LANES);
+    for (int m = 0; m < NUM_X; m++) sums[r][m] = load(row_sums + (r * all_x + m) * LANES);
   }
 
-  const auto add_block = [&](const Words* words, int64_t block) __attribute__((always_inline)) {
+  const auto add_block = [&](const Words* words, int64_t block,
+                             auto is_whole) __attribute__((always_inline)) {
     typename Form::Factors factors[ROWS];
     Floats scale[ROWS];
+    const int64_t group = block * COLUMNS >> shift;
     for (int r = 0; r < ROWS; r++) {
-      factors[r] = Form::factors(words[r]);
-      scale[r] = job.lane_scales(scales[r], block * COLUMNS >> job.shift);
+      factors[r] = Form::factors(words[r], table);
+      scale[r] = lane_scales<SCALES>(scales[r], group, lane_groups);
+#ifdef LLAMAC_AVX512
+      // Where x is zero, the next row's scales could be no numbers.
+      if constexpr (SCALES != IN_SCRATCH && !is_whole)
+        scale[r] = first_lanes(scale[r], (job.x.width - block * COLUMNS) / Form::COLUMNS);
+#endif
     }
-    const float* vectors = job.vectors + block * num_x * FLOATS;
-    for (int64_t m = 0; m < num_x; m++, vectors += FLOATS)
+    const float* vectors = all_vectors + block * all_x * FLOATS;
+    const float* start = starts + block * start_step;
+#pragma GCC unroll 8
+    for (int m = 0; m < NUM_X; m++, vectors += FLOATS)
+#pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
-        sums[r][m] = multiply_add(Form::multiply(factors[r], vectors), scale[r], sums[r][m]);
+        sums[r][m] = multiply_add(Form::template multiply<IS_ONE>(factors[r], vectors, start),
+                                  scale[r], sums[r][m]);
   };
-  const int64_t num_inside = (limit - bytes - (ROWS - 1) * stride) / BLOCK_BYTES;
-  for (int64_t block = first; block < std::min(last, num_inside); block++) {
+  const int64_t num_whole =
+      std::min((limit - bytes - (ROWS - 1) * stride) / BLOCK_BYTES, job.x.width / COLUMNS);
+  for (int64_t block = first; block < std::min(last, num_whole); block++) {
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
       const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
@@ -162,69 +206,67 @@ void multiply_blocks(const Job<Form>& job, const Rows& rows, int64_t place, int6
       else __builtin_prefetch(own + 4096, 0, 2);
       words[r] = load_words(own);
     }
-    add_block(words, block);
+    add_block(words, block, std::true_type());
   }
-  for (int64_t block = std::max(first, num_inside); block < last; block++) {
+  for (int64_t block = std::max(first, num_whole); block < last; block++) {
     Words words[ROWS];
     for (int r = 0; r < ROWS; r++) {
       const uint8_t* own = bytes + r * stride + block * BLOCK_BYTES;
       uint8_t rest[BLOCK_BYTES] = {};
-      std::memcpy(rest, own, size_t(std::min<int64_t>(BLOCK_BYTES, limit - own)));
-      words[r] = load_words(rest);
+      const bool is_inside = own + BLOCK_BYTES <= limit;
+      if (!is_inside) std::memcpy(rest, own, size_t(limit - own));
+      words[r] = load_words(is_inside ? own : rest);
     }
-    add_block(words, block);
+    add_block(words, block, std::false_type());
   }
   for (int r = 0; r < ROWS; r++)
-    for (int64_t m = 0; m < num_x; m++) store(row_sums + (r * num_x + m) * LANES, sums[r][m]);
+    for (int m = 0; m < NUM_X; m++) store(row_sums + (r * all_x + m) * LANES, sums[r][m]);
 }
 
-// Reads the rows' scales, and begins their sums with what the zero point or the minima add.
-template <class Form>
-void begin(const Job<Form>& job, const Rows& rows) {
+// Finds the rows' scales, and begins their sums with what the zero point or the minima add.
+template <class Form, int SCALES>
+void begin(const Job<Form, SCALES>& job, const Rows& rows) {
   const PackedWeight& weight = job.weight;
   const Scratch& scratch = job.scratch;
   const int64_t groups = num_groups(weight, job.x), padded = divide_up(groups, LINE) * LINE;
-  if constexpr (Form::IS_SIGNED) {
-    const uint16_t* all = static_cast<const uint16_t*>(weight.scale);
-    for (int64_t row = 0; row < rows.count; row++) {
-      const int64_t first = (rows.first + row * rows.step) * groups;
-      job.scales[row] = all + first;
-      if (first + groups + SCALES_READ > weight.num_rows * groups) {  // behind the tensor's last
-        float* own = scratch.scales + row * groups;
-        std::memcpy(own, all + first, size_t(groups) * 2);
-        job.scales[row] = own;
-      }
-    }
-    std::fill_n(scratch.sums, rows.count * job.x.num_rows * LANES, 0.f);
-    return;
-  }
   const Floats zero_point = spread(-float(1 << (weight.bits - 1)));
+  const bool has_offsets = weight.minimum || !job.has_zero_point;
   for (int64_t row = 0; row < rows.count; row++) {
     const int64_t first = (rows.first + row * rows.step) * groups, place = row * groups;
+    const auto scales_at = [&](int64_t i) {
+      return load_as(weight.scale, weight.scale_type, first + i, groups - i);
+    };
     job.scales[row] = scratch.scales + place;
-    for (int64_t i = 0; i < groups; i += LANES) {
-      const Floats scales = load_as(weight.scale, weight.scale_type, first + i, groups - i);
-      store(scratch.scales + place + i, scales);
-      store(scratch.offsets + place + i,
-            weight.minimum ? load_as(weight.minimum, weight.minimum_type, first + i, groups - i)
-                           : multiply_add(zero_point, scales, zeros()));
+    if constexpr (SCALES == IN_SCRATCH) {
+      for (int64_t i = 0; i < groups; i += LANES) store(scratch.scales + place + i, scales_at(i));
+    } else {
+      const int64_t size = SCALES == FLOAT32 ? 4 : 2;
+      const char* own = static_cast<const char*>(weight.scale) + first * size;
+      if (first + groups + SCALES_READ <= weight.num_rows * groups) job.scales[row] = own;
+      else std::memcpy(scratch.scales + place, own, size_t(groups * size));
     }
+    if (has_offsets)
+      for (int64_t i = 0; i < groups; i += LANES)
+        store(scratch.offsets + place + i,
+              weight.minimum ? load_as(weight.minimum, weight.minimum_type, first + i, groups - i)
+                             : multiply_add(zero_point, scales_at(i), zeros()));
     for (int64_t m = 0; m < job.x.num_rows; m++) {
       Floats sums = zeros();
-      for (int64_t i = 0; i < groups; i += LANES)
+      for (int64_t i = 0; has_offsets && i < groups; i += LANES)
         sums = multiply_add(load(scratch.offsets + place + i),
                             load(job.group_sums + m * padded + i), sums);
       store(scratch.sums + (row * job.x.num_rows + m) * LANES, sums);
     }
   }
   // Read for columns behind x's last, for which x has zeros.
-  for (int64_t i = 0; i < LINE; i += LANES)
-    store(scratch.scales + rows.count * groups + i, zeros());
+  if constexpr (SCALES == IN_SCRATCH)
+    for (int64_t i = 0; i < LINE; i += LANES)
+      store(scratch.scales + rows.count * groups + i, zeros());
 }
 
 // Writes the rows' results.
-template <class Form>
-void end(const Job<Form>& job, const Rows& rows) {
+template <class Form, int SCALES>
+void end(const Job<Form, SCALES>& job, const Rows& rows) {
   for (int64_t row = 0; row < rows.count; row++)
     for (int64_t m = 0; m < job.x.num_rows; m++)
       put(job.weight.out, job.x.type,
@@ -233,21 +275,31 @@ void end(const Job<Form>& job, const Rows& rows) {
 }
 
 // The rows first to last of a weight with one row of x.
-template <class Form, int COUNT>
-void multiply_one(const Job<Form>& job, int64_t first, int64_t last) {
+template <int COUNT, class Form, int SCALES>
+void multiply_one(const Job<Form, SCALES>& job, int64_t first, int64_t last) {
   const int64_t length = (last - first) / COUNT;
   for (int64_t row = 0; row < length; row++) {
     const Rows rows{first + row, COUNT, length};
     begin(job, rows);
-    multiply_blocks<Form, COUNT, true>(job, rows, 0, 0, Arranged<Form>::num_blocks(job.x));
+    multiply_blocks<COUNT, 1, true>(job, rows, 0, 0, 0, Arranged<Form>::num_blocks(job.x));
     end(job, rows);
   }
-  if constexpr (COUNT > 1) multiply_one<Form, 1>(job, first + length * COUNT, last);
+  if constexpr (COUNT > 1) multiply_one<1>(job, first + length * COUNT, last);
 }
 
-// The same with several rows of x, a part of them at a time.
-template <class Form>
-void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
+// The same with all rows of x from first_x on, as many at once as there are registers for.
+template <int ROWS, int NUM_X = 8, class Form, int SCALES>
+void multiply_all_x(const Job<Form, SCALES>& job, const Rows& rows, int64_t place, int64_t first_x,
+                    int64_t first, int64_t last) {
+  for (; first_x + NUM_X <= job.x.num_rows; first_x += NUM_X)
+    multiply_blocks<ROWS, NUM_X, false>(job, rows, place, first_x, first, last);
+  if constexpr (NUM_X > 1)
+    multiply_all_x<ROWS, NUM_X / 2>(job, rows, place, first_x, first, last);
+}
+
+// The rows first to last with several rows of x, a part of its columns at a time.
+template <class Form, int SCALES>
+void multiply_several(const Job<Form, SCALES>& job, int64_t first, int64_t last) {
   const X& x = job.x;
   const int64_t num_blocks = Arranged<Form>::num_blocks(x);
   const int64_t in_cache = CHUNK_BYTES / (4 * Arranged<Form>::FLOATS * x.num_rows);
@@ -259,44 +311,37 @@ void multiply_several(const Job<Form>& job, int64_t first, int64_t last) {
       const int64_t stop = std::min(num_blocks, block + chunk);
       int64_t row = 0;
       for (; row + ROWS_AT_ONCE <= rows.count; row += ROWS_AT_ONCE)
-        multiply_blocks<Form, ROWS_AT_ONCE, false>(job, rows, row, block, stop);
-      for (; row < rows.count; row++)
-        multiply_blocks<Form, 1, false>(job, rows, row, block, stop);
+        multiply_all_x<ROWS_AT_ONCE>(job, rows, row, 0, block, stop);
+      for (; row < rows.count; row++) multiply_all_x<1>(job, rows, row, 0, block, stop);
     }
     end(job, rows);
   }
 }
 
-// What finds a lane's scale, the group's index relative to the block's first; see take_brains.
-template <class Form>
-uint32_t scale_index(int64_t group) {
-  return uint32_t(Form::IS_SIGNED ? (2 * group + 1) << 24 | 2 * group << 16 | 0x8080 : group);
-}
-
 // Calls the generic function with the form of this x and these bits.
-template <bool SIGNED, class Function>
+template <class Function>
 void with_form(const X& x, int64_t bits, Function function) {
 #ifdef LLAMAC_BYTES
-  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm<8, SIGNED>());
-  if (x.type == BFLOAT16 && x.num_rows == 1) return function(ByteForm<4, SIGNED>());
+  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm<8>());
+  if (x.type == BFLOAT16 && x.num_rows == 1) return function(ByteForm<4>());
 #endif
 #ifdef LLAMAC_BRAINS
-  if (x.type == BFLOAT16 && bits == 4) return function(BrainForm<SIGNED>());
+  if (x.type == BFLOAT16 && bits == 4) return function(BrainForm());
 #endif
   if (bits == 8) function(FloatForm<8>());
   else function(FloatForm<4>());
 }
 
-// The same with a weight's own form, which takes x as the others of its bits do.
+// The same with how a weight's scales are read.
 template <class Function>
-void with_own_form(const X& x, const PackedWeight& weight, Function function) {
-  // Behind x's last column, where x is zero, the next row's scales could be no numbers. Of 8 bits a
-  // zero point costs more than groups' sums where several rows of x have one each; measured.
-  const bool is_whole = x.width % (BLOCK_BYTES * 8 / weight.bits) == 0;
-  const bool is_cheap = weight.bits == 4 || x.num_rows == 1;
-  if (is_whole && is_cheap && weight.scale_type == BFLOAT16 && !weight.minimum)
-    with_form<true>(x, weight.bits, function);
-  else with_form<false>(x, weight.bits, function);
+void with_scales(const X& x, const PackedWeight& weight, Function function) {
+  with_form(x, weight.bits, [&](auto form) {
+    const auto call = [&](auto scales) { function(form, scales); };
+    if constexpr (!decltype(form)::READS_SCALES) call(std::integral_constant<int, IN_SCRATCH>());
+    else if (weight.scale_type == BFLOAT16) call(std::integral_constant<int, BFLOAT16>());
+    else if (weight.scale_type == FLOAT16) call(std::integral_constant<int, FLOAT16>());
+    else call(std::integral_constant<int, FLOAT32>());
+  });
 }
 
 }  // namespace
@@ -311,7 +356,7 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   for (int i = 0; i < 2; i++) {
     arranged[i] = size;
     if (is_used[i])
-      with_form<false>(x, 4 * (i + 1), [&](auto form) {
+      with_form(x, 4 * (i + 1), [&](auto form) {
         using Own = Arranged<decltype(form)>;
         size += Own::num_floats(x) + Own::num_sums(x);
       });
@@ -324,12 +369,12 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   // One row is not worth the wait for other threads.
   for (int i = 0; i < 2; i++)
     if (is_used[i])
-      with_form<false>(x, 4 * (i + 1), [&](auto form) {
+      with_form(x, 4 * (i + 1), [&](auto form) {
         Arranged<decltype(form)>::fill(x, scratch + arranged[i], int(num_threads));
       });
   for (int64_t i = 0; i < num_weights; i++)
-    with_own_form(x, weights[i], [&](auto form) {
-      if constexpr (!decltype(form)::IS_SIGNED)
+    with_form(x, weights[i].bits, [&](auto form) {
+      if (weights[i].minimum || !form.has_zero_point(num_x))
         fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                                       scratch + sums + i * sums_each);
     });
@@ -339,19 +384,29 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   {
     const int64_t thread = thread_index();
     pieces.run([&](int64_t i, int64_t first, int64_t last) {
-      with_own_form(x, weights[i], [&](auto form) {
+      with_scales(x, weights[i], [&](auto form, auto scales) {
         using Form = decltype(form);
+        constexpr int SCALES = decltype(scales)::value;
+        alignas(64) static constexpr float NOTHING[LANES] = {};
+        const float* vectors = scratch + arranged[weights[i].bits / 4 - 1];
+        const bool has_zero_point = form.has_zero_point(num_x) && !weights[i].minimum;
         const int shift = group_shift(weights[i]);
-        const void* scales[STRIP];
-        alignas(64) uint32_t lane_groups[LANES];
-        for (int64_t lane = 0; lane < LANES; lane++)
-          lane_groups[lane] = scale_index<Form>(lane * Form::COLUMNS >> shift);
-        const Job<Form> job{weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
-                            scratch + sums + i * sums_each,
-                            Scratch(x, scratch + own + thread * Scratch::num_floats(x)),
-                            scales, load_words(lane_groups), shift};
+        const void* rows[STRIP];
+        const Job<Form, SCALES> job{
+            weights[i],
+            x,
+            vectors,
+            scratch + sums + i * sums_each,
+            Scratch(x, scratch + own + thread * Scratch::num_floats(x)),
+            rows,
+            lane_groups_of<Form, SCALES>(shift),
+            shift,
+            has_zero_point,
+            Form::table(has_zero_point),
+            has_zero_point ? vectors + Form::START * LANES : NOTHING,
+            has_zero_point ? Arranged<Form>::FLOATS : 0};
         if (num_x > 1) multiply_several(job, first, last);
-        else multiply_one<Form, RUNS>(job, first, last);
+        else multiply_one<RUNS>(job, first, last);
       });
     });
   }

@@ -38,11 +38,19 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats take(const float* from, Words lanes) {
   return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x8(_mm256_loadu_ps(from)));
 }
-// Of eight numbers of bfloat16; of each lane the upper bytes of `bytes` are those of its number, the
-// lower ones 0x80.
+// The same of numbers of 16 bits, whose bytes `bytes` names: of bfloat16 in the upper half of every
+// lane, with 0x80 in the lower one; of float16 in every half.
 inline Floats take_brains(const uint16_t* from, Words bytes) {
   const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), bytes));
+}
+inline Floats take_halves(const uint16_t* from, Words bytes) {
+  const __m256i numbers = _mm256_broadcastsi128_si256(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_cvtph_ps(_mm256_shuffle_epi8(numbers, _mm512_castsi512_si256(bytes)));
+}
+inline Floats first_lanes(Floats value, int64_t count) {
+  return _mm512_maskz_mov_ps(__mmask16((1u << count) - 1), value);
 }
 inline Floats masked(Words words, uint32_t mask) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(mask))));
