@@ -1,4 +1,4 @@
-"""A few tokens through a decoder layer: on a CPU in one operator, on a GPU in five kernels.
+"""A few tokens through decoder layers: on a CPU all in one operator, on a GPU each in five kernels.
 
 The kernels are: the norm and q, k and v, rotated, k and v into the cache; attention; its output's
 product and the residual; the norm and silu(gate) * up; the last product and the residual.
@@ -6,17 +6,48 @@ product and the residual; the norm and silu(gate) * up; the last product and the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from .kernels.few_rows import MAX_ROWS, layer_few
+from .kernels.few_rows import MAX_ROWS, layers_few
 from .kernels.gpu_operators import multiply_gate_up, multiply_qkv, multiply_rows
 from .kernels.live_attention import attend_live
 from .linear import Linear, is_few_rows
 from .packed import PackedLinear
 
-__all__ = ["call_layer", "decode_layer"]
+__all__ = ["call_layer", "call_layers", "decode_layer"]
+
+
+def call_layers(
+    layers: Sequence[Any],
+    caches: Sequence[tuple[Tensor, ...]],
+    run_layer: Callable[..., Tensor],
+    attention: Any,
+    hidden: Tensor,
+    *rest: Tensor,
+) -> Tensor:
+    """Calls decoder layers one after the other, or in one operator.
+
+    Args:
+        layers: Of a Llama.
+        caches: Of each layer its part of the cache.
+        run_layer: How one is called; see call_layer.
+        attention: See Attention.
+        hidden: [B*T, E].
+        rest: What else each is called with, but for its cache.
+
+    Returns:
+        The hidden states after all of them.
+    """
+    pairs = [*zip(layers, caches, strict=True)]
+    if all(_fits_operator(layer, hidden, cache) for layer, cache in pairs):
+        return _few_tokens(layers, caches, hidden, *rest)
+    for layer, cache in pairs:
+        hidden = run_layer(layer, attention, hidden, *rest, *cache)
+    return hidden
 
 
 def call_layer(
@@ -37,7 +68,7 @@ def call_layer(
     """
     cache = rest[3:]
     if _fits_operator(layer, hidden, cache):
-        return _few_tokens(layer, hidden, cos, sin, *rest)
+        return _few_tokens([layer], [cache], hidden, cos, sin, *rest[:3])
     if _fits_decode(layer, hidden, len(cos), cache):
         return decode_layer(layer, attention, hidden, cos, sin, *rest)
     return layer(attention, hidden, cos, sin, *rest)
@@ -98,22 +129,23 @@ def decode_layer(
 
 
 def _few_tokens(
-    layer: Any,
+    layers: Sequence[Any],
+    caches: Sequence[tuple[Tensor, ...]],
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
     write_indices: Tensor,
     slots: Tensor,
-    *cache: Tensor,
 ) -> Tensor:
-    """Does what the layer does, in a compiled step on a CPU."""
-    products = _products(layer)
+    """Does what the layers do, in a compiled step on a CPU."""
+    norms = [(one.input_layernorm, one.post_attention_layernorm) for one in layers]
+    products = [*chain(*map(_products, layers))]
     packed = [one if isinstance(one, PackedLinear) else None for one in products]
-    return layer_few(
+    return layers_few(
         hidden,
-        [layer.input_layernorm.weight, layer.post_attention_layernorm.weight],
-        layer.input_layernorm.eps,
+        [norm.weight for norm in chain(*norms)],
+        norms[0][0].eps,
         [one.weight_packed if isinstance(one, PackedLinear) else one.weight for one in products],
         [one and one.weight_scale for one in packed],
         [one and one.weight_minimum for one in packed],
@@ -123,8 +155,8 @@ def _few_tokens(
         positions,
         write_indices,
         slots,
-        layer.self_attn.scale,
-        list(cache),
+        layers[0].self_attn.scale,
+        [*chain(*caches)],
     )
 
 

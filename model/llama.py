@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, quantize_rows
 from .config import LlamaConfig
-from .decode_layer import call_layer
+from .decode_layer import call_layer, call_layers
 from .kernels.few_rows import MAX_ROWS, attend_few
 from .kernels.live_attention import NUM_COUNTERS, attend_live
 from .linear import Linear, OverRanks, compiled_on_cpu
@@ -223,10 +223,9 @@ class Llama(nn.Module):
         cos, sin = F.embedding(tokens, self.cos), F.embedding(tokens, self.sin)  # [B, T, D/2]
 
         hidden = self.model.embed_tokens(input_ids).flatten(0, 1).to(self.dtype)  # [B*T, E]
-        for layer, buffers in zip(self.model.layers, cache.layers, strict=True):
-            hidden = run_layer(
-                layer, attention, hidden, cos, sin, positions, write_indices, slots, *buffers
-            )
+        rest = cos, sin, positions, write_indices, slots
+        layers = [*self.model.layers]
+        hidden = call_layers(layers, cache.layers, run_layer, attention, hidden, *rest)
 
         num_parts = len(logit_indices)
         starts = torch.arange(num_parts, device=positions.device)[:, None] * num_tokens

@@ -1,4 +1,4 @@
-"""A decoder layer in one operator against the same layer eagerly, in float32."""
+"""Decoder layers in one operator against the same layer eagerly, in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamac.model import KVCache, LlamaConfig
 from llamac.model.decode_layer import _few_tokens
-from llamac.model.kernels.few_rows import layer_few, load_operators
+from llamac.model.kernels.few_rows import layers_few, load_operators
 from llamac.model.llama import Llama, TorchAttention
 from llamac.model.packed import PackedFormat
 
@@ -40,7 +40,11 @@ PACKED = {
 
 def model_of(config: LlamaConfig, packed: dict[str, PackedFormat]) -> Llama:
     torch.manual_seed(0)
-    names = {f"model.layers.0.{name}": form for name, form in packed.items()}
+    names = {
+        f"model.layers.{i}.{name}": form
+        for i in range(config.num_hidden_layers)
+        for name, form in packed.items()
+    }
     model = Llama(config, num_positions=64, packed=names).requires_grad_(False)
     for weight in model.parameters():
         if weight.dtype == torch.uint8:
@@ -94,8 +98,7 @@ def test_the_operator_does_what_the_layer_does(
         for buffer in cache.buffers:
             buffer.copy_(torch.randn(buffer.shape).abs() if scaled else torch.randn(buffer.shape))
         own, expected_cache = same_cache(cache), float32_cache(same_cache(cache))
-        layer, attention = model.model.layers[0], TorchAttention()
-        out = _few_tokens(layer, *given, *own.layers[0])
+        out = _few_tokens([*model.model.layers], own.layers, *given)
         assert out.dtype == dtype
 
         exact = model_of(config, packed)
@@ -103,7 +106,7 @@ def test_the_operator_does_what_the_layer_does(
             parameter.data = rounded if rounded.dtype == torch.uint8 else rounded.float()
         hidden, *rest = given
         expected = exact.model.layers[0](
-            attention, hidden.float(), *rest, *expected_cache.layers[0]
+            TorchAttention(), hidden.float(), *rest, *expected_cache.layers[0]
         )
         tolerance = max(TOLERANCE[dtype], 1e-2) if scaled else TOLERANCE[dtype]  # a step of int8
         assert (out.float() - expected).abs().max() <= tolerance * expected.abs().max()
@@ -112,13 +115,29 @@ def test_the_operator_does_what_the_layer_does(
             assert (buffer.float() - right.float()).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "int8-cache"])
+def test_layers_in_one_call_are_those_of_several(scaled: bool):
+    assert load_operators() is not None
+    config = replace(CONFIG, num_hidden_layers=3)
+    model = model_of(config, PACKED)
+    dtype = torch.int8 if scaled else torch.float32
+    together = KVCache.allocate(config, 3, ROWS, dtype=dtype)
+    apart, layers = same_cache(together), [*model.model.layers]
+    hidden, *rest = arguments(model, torch.float32, batch=3, tokens=1)
+    out = _few_tokens(layers, together.layers, hidden, *rest)
+    for layer, buffers in zip(layers, apart.layers, strict=True):
+        hidden = _few_tokens([layer], [buffers], hidden, *rest)
+    assert torch.equal(out, hidden)
+    assert all(map(torch.equal, together.buffers, apart.buffers))
+
+
 def test_what_does_not_fit_is_refused():
     assert load_operators() is not None
     model = model_of(CONFIG, {})
-    layer, cache = model.model.layers[0], KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.float32)
+    layers, cache = [*model.model.layers], KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.float32)
     hidden, cos, sin, positions, rows, slots = arguments(model, torch.float32, batch=2, tokens=1)
     right = hidden, cos, sin, positions, rows, slots
-    _few_tokens(layer, *right, *cache.layers[0])
+    _few_tokens(layers, cache.layers, *right)
     for wrong in (
         (hidden[:, :95], *right[1:]),
         (hidden, cos[..., :7], *right[2:]),
@@ -131,7 +150,7 @@ def test_what_does_not_fit_is_refused():
     ):
         before = [buffer.clone() for buffer in cache.buffers]
         with pytest.raises(RuntimeError):
-            _few_tokens(layer, *wrong, *cache.layers[0])
+            _few_tokens(layers, cache.layers, *wrong)
         assert all(map(torch.equal, before, cache.buffers))
 
 
@@ -142,7 +161,7 @@ def test_what_is_no_number_stays_none_in_an_int8_cache(wrong: float):
     cache = KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.int8)
     hidden, *rest = arguments(model, torch.float32, batch=2, tokens=1)
     hidden[0, 7] = wrong
-    out = _few_tokens(model.model.layers[0], hidden, *rest, *cache.layers[0])
+    out = _few_tokens([*model.model.layers], cache.layers, hidden, *rest)
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
     assert not cache.layers[0][2][2, :, 3].isfinite().any()
@@ -151,9 +170,9 @@ def test_what_is_no_number_stays_none_in_an_int8_cache(wrong: float):
 def test_the_operator_is_well_formed():
     assert load_operators() is not None
     model = model_of(CONFIG, {})
-    assert layer_few.__doc__  # what a fake tensor of it looks like is checked
+    assert layers_few.__doc__  # what a fake tensor of it looks like is checked
     given = arguments(model, torch.float32, batch=2, tokens=1)
     cache = KVCache.allocate(CONFIG, 3, ROWS, dtype=torch.float32)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _few_tokens(model.model.layers[0], *given, *cache.layers[0])
+        fake = _few_tokens([*model.model.layers], cache.layers, *given)
     assert fake.shape == given[0].shape

@@ -18,7 +18,7 @@ from .cpp_library import load_library
 __all__ = [
     "MAX_ROWS",
     "attend_few",
-    "layer_few",
+    "layers_few",
     "load_operators",
     "multiply_few",
     "multiply_few_packed",
@@ -39,13 +39,13 @@ _SOURCES = tuple(
 )
 
 _library = torch.library.Library("llamac", "FRAGMENT")
-# The compiler isn't told that layer_few writes the cache: it takes no such operator into a region
-# that layers share. Nothing else of a step reads or writes a layer's cache.
+# The compiler isn't told that layers_few writes the cache: it takes no such operator into a region
+# that layers share, as those that don't all fit do. Nothing else of a step reads or writes theirs.
 for _schema in (
     "multiply_few(Tensor x, Tensor[] weights) -> Tensor[]",
     "multiply_few_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",
     "attend_few(Tensor q, Tensor[] cache, Tensor positions, Tensor slots, float scale) -> Tensor",
-    "layer_few(Tensor hidden, Tensor[] norms, float eps, Tensor[] weights, Tensor?[] scales, "
+    "layers_few(Tensor hidden, Tensor[] norms, float eps, Tensor[] weights, Tensor?[] scales, "
     "Tensor?[] minima, Tensor?[] biases, Tensor cos, Tensor sin, Tensor positions, "
     "Tensor write_indices, Tensor slots, float scale, Tensor[] cache) -> Tensor",
 ):
@@ -90,7 +90,7 @@ def attend_few(
     return torch.ops.llamac.attend_few(q, cache, positions, slots, scale)
 
 
-def layer_few(
+def layers_few(
     hidden: Tensor,
     norms: list[Tensor],
     eps: float,
@@ -106,9 +106,10 @@ def layer_few(
     scale: float,
     cache: list[Tensor],
 ) -> Tensor:
-    """A decoder layer on at most 16 tokens.
+    """Decoder layers, one after the other, on at most 16 tokens.
 
-    The products are those of q, k, v, o, gate, up and down, in this order.
+    What is said of products and norms is so for each layer: the lists have the first layer's, then
+    the second's. The products are those of q, k, v, o, gate, up and down, in this order.
 
     Args:
         hidden: [B*T, E] float32, float16 or bfloat16, contiguous.
@@ -124,13 +125,13 @@ def layer_few(
         write_indices: [B] int64, the cache row of each row's first token.
         slots: [B] int64, the cache slot of each row.
         scale: Of the products of queries and keys.
-        cache: The layer's buffers (see cache.layer_buffers), which are written: of that dtype, or
+        cache: Each layer's buffers (see cache.layer_buffers), which are written: of that dtype, or
             int8 with scales.
 
     Returns:
         [B*T, E] in hidden's dtype.
     """
-    return torch.ops.llamac.layer_few(
+    return torch.ops.llamac.layers_few(
         hidden,
         norms,
         eps,
@@ -173,11 +174,11 @@ def _fake_attention(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
-def _fake_layer(hidden: Tensor, *_: object) -> Tensor:
+def _fake_layers(hidden: Tensor, *_: object) -> Tensor:
     return torch.empty_like(hidden)
 
 
 torch.library.register_fake("llamac::multiply_few", _fake_products, lib=_library)
 torch.library.register_fake("llamac::multiply_few_packed", _fake_products, lib=_library)
 torch.library.register_fake("llamac::attend_few", _fake_attention, lib=_library)
-torch.library.register_fake("llamac::layer_few", _fake_layer, lib=_library)
+torch.library.register_fake("llamac::layers_few", _fake_layers, lib=_library)

@@ -125,37 +125,29 @@ Tensor attend_few(const Tensor& q, TensorList buffers, const Tensor& positions,
   return out;
 }
 
-Tensor layer_few(const Tensor& hidden, TensorList norms, double eps, TensorList weights,
-                 const Options& scales, const Options& minima, const Options& biases,
-                 const Tensor& cos, const Tensor& sin, const Tensor& positions,
-                 const Tensor& write_indices, const Tensor& slots, double scale,
-                 TensorList buffers) {
-  check_rows(hidden);
-  const int64_t num_x = hidden.size(0), width = hidden.size(1), batch = positions.size(0);
-  const int64_t tokens = num_x / batch, dim = buffers[0].size(3);
-  check(hidden, {batch * tokens, width}, "hidden states");
+constexpr size_t NUM_NORMS = 2, NUM_PRODUCTS = 7;
+
+// What the lists have of one layer, and its part of the cache.
+Layer layer_of(size_t index, const Tensor& hidden, TensorList norms, double eps, TensorList weights,
+               const Options& scales, const Options& minima, const Options& biases, double scale,
+               const Cache& cache, int64_t dim) {
+  const int64_t width = hidden.size(1);
+  norms = norms.slice(index * NUM_NORMS, NUM_NORMS);
+  weights = weights.slice(index * NUM_PRODUCTS, NUM_PRODUCTS);
   for (const Tensor& norm : norms) {
     check(norm, {width}, "a norm");
     check_dtype(norm, hidden, "a norm");
   }
-  for (const Tensor* table : {&cos, &sin}) check(*table, {batch, tokens, dim / 2}, "cos or sin");
-  for (const Tensor* index : {&write_indices, &slots}) check(*index, {batch}, "an index");
-  const Cache cache = cache_of(buffers, dim, hidden.scalar_type());
-  const int64_t *rows = write_indices.const_data_ptr<int64_t>(),
-                *owners = slots.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < batch; i++)
-    TORCH_CHECK(rows[i] >= 0 && rows[i] + tokens <= cache.num_rows && owners[i] >= 0 &&
-                    owners[i] < buffers[0].size(0),
-                "row ", rows[i], " of slot ", owners[i], " is outside the cache");
   Layer layer{norms[0].const_data_ptr(), norms[1].const_data_ptr(), float(eps), scale, {}};
   const int64_t inner = weights[4].size(0), attended = weights[0].size(0);
   const int64_t widths[] = {width, width, width, attended, width, width, inner};
   const int64_t kept = cache.num_heads * dim;
   TORCH_CHECK(attended % kept == 0, attended, " rows of queries; it must be a multiple of ", kept);
   const int64_t sizes[] = {-1, kept, kept, width, -1, inner, width};
-  for (size_t i = 0; i < 7; i++) {
-    const std::optional<Tensor> packed_scale = scales.get(i), minimum = minima.get(i),
-                                bias = biases.get(i);
+  for (size_t i = 0; i < NUM_PRODUCTS; i++) {
+    const size_t at = index * NUM_PRODUCTS + i;
+    const std::optional<Tensor> packed_scale = scales.get(at), minimum = minima.get(at),
+                                bias = biases.get(at);
     PackedWeight& weight = layer.products[i].weight;
     if (packed_scale) {
       weight = packed_weight(weights[i], *packed_scale, minimum ? &*minimum : nullptr, widths[i]);
@@ -174,12 +166,53 @@ Tensor layer_few(const Tensor& hidden, TensorList norms, double eps, TensorList 
     }
     layer.products[i].bias = bias ? bias->const_data_ptr() : nullptr;
   }
-  Tensor out = at::empty(hidden.sizes(), hidden.options());
-  const Tokens given{hidden.const_data_ptr(), type_of(hidden), batch, tokens, width, dim,
-                     cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
-                     positions.const_data_ptr<int64_t>(), rows, owners, cache};
-  check_memory(run_layer(&layer, &given, out.mutable_data_ptr(), at::get_num_threads()));
-  return out;
+  return layer;
+}
+
+Tensor layers_few(const Tensor& hidden, TensorList norms, double eps, TensorList weights,
+                  const Options& scales, const Options& minima, const Options& biases,
+                  const Tensor& cos, const Tensor& sin, const Tensor& positions,
+                  const Tensor& write_indices, const Tensor& slots, double scale,
+                  TensorList buffers) {
+  check_rows(hidden);
+  const size_t num_layers = norms.size() / NUM_NORMS, num_products = num_layers * NUM_PRODUCTS;
+  TORCH_CHECK(num_layers > 0 && weights.size() == num_products && scales.size() == num_products &&
+                  minima.size() == num_products && biases.size() == num_products &&
+                  buffers.size() % num_layers == 0,
+              "the lists are not of as many layers");
+  const size_t num_buffers = buffers.size() / num_layers;
+  const int64_t num_x = hidden.size(0), width = hidden.size(1), batch = positions.size(0);
+  const int64_t tokens = num_x / batch, dim = buffers[0].size(3);
+  check(hidden, {batch * tokens, width}, "hidden states");
+  for (const Tensor* table : {&cos, &sin}) check(*table, {batch, tokens, dim / 2}, "cos or sin");
+  for (const Tensor* index : {&write_indices, &slots}) check(*index, {batch}, "an index");
+  const int64_t *rows = write_indices.const_data_ptr<int64_t>(),
+                *owners = slots.const_data_ptr<int64_t>();
+  std::vector<Layer> layers;  // all of them, so that no cache is written if one is refused
+  std::vector<Cache> caches;
+  for (size_t layer = 0; layer < num_layers; layer++) {
+    const TensorList own = buffers.slice(layer * num_buffers, num_buffers);
+    const Cache cache = cache_of(own, dim, hidden.scalar_type());
+    for (int64_t i = 0; i < batch; i++)
+      TORCH_CHECK(rows[i] >= 0 && rows[i] + tokens <= cache.num_rows && owners[i] >= 0 &&
+                      owners[i] < own[0].size(0),
+                  "row ", rows[i], " of slot ", owners[i], " is outside the cache");
+    caches.push_back(cache);
+    layers.push_back(layer_of(layer, hidden, norms, eps, weights, scales, minima, biases, scale,
+                              cache, dim));
+  }
+  Tensor outs[] = {at::empty(hidden.sizes(), hidden.options()),
+                   at::empty(hidden.sizes(), hidden.options())};
+  const void* from = hidden.const_data_ptr();
+  for (size_t layer = 0; layer < num_layers; layer++) {
+    const Tokens given{from, type_of(hidden), batch, tokens, width, dim,
+                       cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                       positions.const_data_ptr<int64_t>(), rows, owners, caches[layer]};
+    void* out = outs[layer % 2].mutable_data_ptr();
+    check_memory(run_layer(&layers[layer], &given, out, at::get_num_threads()));
+    from = out;
+  }
+  return outs[(num_layers - 1) % 2];
 }
 
 }  // namespace
@@ -188,5 +221,5 @@ TORCH_LIBRARY_IMPL(llamac, CPU, library) {
   library.impl("multiply_few", multiply_few);
   library.impl("multiply_few_packed", multiply_few_packed);
   library.impl("attend_few", attend_few);
-  library.impl("layer_few", layer_few);
+  library.impl("layers_few", layers_few);
 }

@@ -236,6 +236,10 @@ void begin(const Job<Form, SCALES>& job, const Rows& rows) {
     const auto scales_at = [&](int64_t i) {
       return load_as(weight.scale, weight.scale_type, first + i, groups - i);
     };
+    const auto offsets_at = [&](int64_t i) {
+      return weight.minimum ? load_as(weight.minimum, weight.minimum_type, first + i, groups - i)
+                            : multiply_add(zero_point, scales_at(i), zeros());
+    };
     job.scales[row] = scratch.scales + place;
     if constexpr (SCALES == IN_SCRATCH) {
       for (int64_t i = 0; i < groups; i += LANES) store(scratch.scales + place + i, scales_at(i));
@@ -245,15 +249,13 @@ void begin(const Job<Form, SCALES>& job, const Rows& rows) {
       if (first + groups + SCALES_READ <= weight.num_rows * groups) job.scales[row] = own;
       else std::memcpy(scratch.scales + place, own, size_t(groups * size));
     }
-    if (has_offsets)
-      for (int64_t i = 0; i < groups; i += LANES)
-        store(scratch.offsets + place + i,
-              weight.minimum ? load_as(weight.minimum, weight.minimum_type, first + i, groups - i)
-                             : multiply_add(zero_point, scales_at(i), zeros()));
+    const bool is_one = job.x.num_rows == 1;
+    for (int64_t i = 0; has_offsets && !is_one && i < groups; i += LANES)
+      store(scratch.offsets + place + i, offsets_at(i));
     for (int64_t m = 0; m < job.x.num_rows; m++) {
       Floats sums = zeros();
       for (int64_t i = 0; has_offsets && i < groups; i += LANES)
-        sums = multiply_add(load(scratch.offsets + place + i),
+        sums = multiply_add(is_one ? offsets_at(i) : load(scratch.offsets + place + i),
                             load(job.group_sums + m * padded + i), sums);
       store(scratch.sums + (row * job.x.num_rows + m) * LANES, sums);
     }

@@ -252,12 +252,20 @@ constexpr int64_t BLOCK_BYTES = 4 * LANES;  // of a vector
 // The numbers of a type from index `first` on, of which `count` are there; zeros behind them.
 inline Floats load_as(const void* from, int64_t type, int64_t first, int64_t count) {
   const uint16_t* halves = static_cast<const uint16_t*>(from) + first;
+#ifdef LLAMAC_AVX512
+  const auto lanes = __mmask16(count >= LANES ? 0xFFFF : (1 << count) - 1);
+  if (type == FLOAT32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(from) + first);
+  const __m256i numbers = _mm256_maskz_loadu_epi16(lanes, halves);
+  if (type == FLOAT16) return _mm512_cvtph_ps(numbers);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+#else
   if (count >= LANES && type == FLOAT32) return load(static_cast<const float*>(from) + first);
   if (count >= LANES && type == FLOAT16) return load_halves(halves);
   if (count >= LANES) return load_brains(halves);
   float values[LANES] = {};
   to_floats(from, type, first, count, values);
   return load(values);
+#endif
 }
 
 }  // namespace
