@@ -77,7 +77,7 @@ void to_floats(const void* from, int64_t type, int64_t first, int64_t count, flo
   for (; i < count; i++) to[i] = from_float16(values[i]);
 }
 
-void put(void* out, int64_t type, int64_t index, float value) {
+inline void put(void* out, int64_t type, int64_t index, float value) {
   if (type == FLOAT32) static_cast<float*>(out)[index] = value;
   else if (type == BFLOAT16) static_cast<uint16_t*>(out)[index] = to_bfloat16(value);
   else static_cast<uint16_t*>(out)[index] = to_float16(value);

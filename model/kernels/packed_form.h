@@ -173,14 +173,32 @@ struct ByteForm {
     const Words total = _mm512_add_epi32(_mm512_slli_epi32(upper, 7), lower);
     return _mm512_mul_ps(_mm512_cvtepi32_ps(total), load(x + SCALE * LANES));
   }
+  // Of each field all lanes': a transposition, four fields at a time.
+  static void split(const float* columns, Floats* fields) {
+    for (int first = 0; first < COLUMNS; first += 4) {
+      alignas(64) uint32_t index[LANES];  // four lanes of each of four fields
+      for (int i = 0; i < LANES; i++) index[i] = uint32_t(i % 4 * COLUMNS + first + i / 4);
+      Floats four[4];
+      for (int i = 0; i < 4; i++) {
+        const float* own = columns + 4 * i * COLUMNS;
+        const Floats next = COLUMNS == 8 ? load(own + LANES) : zeros();
+        four[i] = _mm512_permutex2var_ps(load(own), load_words(index), next);
+      }
+      const Floats low = _mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                   high = _mm512_shuffle_f32x4(four[0], four[1], 0xEE),
+                   next_low = _mm512_shuffle_f32x4(four[2], four[3], 0x44),
+                   next_high = _mm512_shuffle_f32x4(four[2], four[3], 0xEE);
+      fields[first] = _mm512_shuffle_f32x4(low, next_low, 0x88);
+      fields[first + 1] = _mm512_shuffle_f32x4(low, next_low, 0xDD);
+      fields[first + 2] = _mm512_shuffle_f32x4(high, next_high, 0x88);
+      fields[first + 3] = _mm512_shuffle_f32x4(high, next_high, 0xDD);
+    }
+  }
   static void arrange(const float* columns, float* x, float* sums) {
-    const Words lanes = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32(COLUMNS));
     Floats fields[COLUMNS], most = zeros(), no_number = zeros();
+    split(columns, fields);
 #pragma GCC unroll 8
     for (int field = 0; field < COLUMNS; field++) {
-      fields[field] = _mm512_i32gather_ps(lanes, columns + field, 4);
       most = _mm512_max_ps(_mm512_abs_ps(fields[field]), most);
       no_number = multiply_add(fields[field], zeros(), no_number);
     }

@@ -112,6 +112,8 @@ struct Job {
   Words table;          // the form's
   const float* starts;  // what the form's `multiply` is given for the first block
   int64_t start_step;
+
+  bool has_offsets() const { return weight.minimum || !has_zero_point; }
 };
 
 // The scales of a block's lanes, of a row's from a group on.
@@ -145,7 +147,7 @@ struct Rows {
 };
 
 // Adds the products of NUM_X rows of x, first_x on, with ROWS of the rows, `place` on, in the blocks
-// first to last. IS_ONE says that x has no other row.
+// first to last. IS_ONE says that x has no other row, and these are all blocks: results are written.
 template <int ROWS, int NUM_X, bool IS_ONE, class Form, int SCALES>
 void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t place, int64_t first_x,
                      int64_t first, int64_t last) {
@@ -163,11 +165,13 @@ void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t pla
   const Words lane_groups = job.lane_groups, table = job.table;
   const int shift = job.shift;
 
+  const bool has_sums = !IS_ONE || job.has_offsets();
   const void* scales[ROWS];
   Floats sums[ROWS][NUM_X];
   for (int r = 0; r < ROWS; r++) {
     scales[r] = job.scales[place + r];
-    for (int m = 0; m < NUM_X; m++) sums[r][m] = load(row_sums + (r * all_x + m) * LANES);
+    for (int m = 0; m < NUM_X; m++)
+      sums[r][m] = has_sums ? load(row_sums + (r * all_x + m) * LANES) : zeros();
   }
 
   const auto add_block = [&](const Words* words, int64_t block,
@@ -219,18 +223,26 @@ void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t pla
     }
     add_block(words, block, std::false_type());
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int m = 0; m < NUM_X; m++) store(row_sums + (r * all_x + m) * LANES, sums[r][m]);
+  if constexpr (IS_ONE) {
+    float results[ROWS];
+    sum_each<ROWS>(&sums[0][0], results);
+    for (int r = 0; r < ROWS; r++)
+      put(weight.out, job.x.type, rows.first + (place + r) * rows.step, results[r]);
+  } else {
+    for (int r = 0; r < ROWS; r++)
+      for (int m = 0; m < NUM_X; m++) store(row_sums + (r * all_x + m) * LANES, sums[r][m]);
+  }
 }
 
-// Finds the rows' scales, and begins their sums with what the zero point or the minima add.
+// Finds the rows' scales, and begins their sums with what the zero point or the minima add; one row
+// of x has no sums where these add nothing.
 template <class Form, int SCALES>
 void begin(const Job<Form, SCALES>& job, const Rows& rows) {
   const PackedWeight& weight = job.weight;
   const Scratch& scratch = job.scratch;
   const int64_t groups = num_groups(weight, job.x), padded = divide_up(groups, LINE) * LINE;
   const Floats zero_point = spread(-float(1 << (weight.bits - 1)));
-  const bool has_offsets = weight.minimum || !job.has_zero_point;
+  const bool has_offsets = job.has_offsets();
   for (int64_t row = 0; row < rows.count; row++) {
     const int64_t first = (rows.first + row * rows.step) * groups, place = row * groups;
     const auto scales_at = [&](int64_t i) {
@@ -250,6 +262,7 @@ void begin(const Job<Form, SCALES>& job, const Rows& rows) {
       else std::memcpy(scratch.scales + place, own, size_t(groups * size));
     }
     const bool is_one = job.x.num_rows == 1;
+    if (is_one && !has_offsets) continue;
     for (int64_t i = 0; has_offsets && !is_one && i < groups; i += LANES)
       store(scratch.offsets + place + i, offsets_at(i));
     for (int64_t m = 0; m < job.x.num_rows; m++) {
@@ -284,7 +297,6 @@ void multiply_one(const Job<Form, SCALES>& job, int64_t first, int64_t last) {
     const Rows rows{first + row, COUNT, length};
     begin(job, rows);
     multiply_blocks<COUNT, 1, true>(job, rows, 0, 0, 0, Arranged<Form>::num_blocks(job.x));
-    end(job, rows);
   }
   if constexpr (COUNT > 1) multiply_one<1>(job, first + length * COUNT, last);
 }

@@ -36,7 +36,8 @@ class RowPieces {
     for (int64_t i = 0; i < num_weights; i++) {
       const int64_t rows = weights[i].num_rows, row_bytes = width * bits_of(weights[i]) / 8;
       const int64_t fitting = PIECE_BYTES / std::max<int64_t>(row_bytes, 1);
-      const int64_t each = std::min(std::max(fitting, LEAST_ROWS), divide_up(rows, num_threads));
+      const int64_t fair = divide_up(rows, num_threads);
+      const int64_t each = divide_up(std::min(fitting, fair), AT_ONCE) * AT_ONCE;
       runs_.push_back({num_pieces, each, rows});
       num_pieces += divide_up(rows, each);
     }
@@ -63,7 +64,8 @@ class RowPieces {
   }
 
  private:
-  static constexpr int64_t PIECE_BYTES = 1 << 18, LEAST_ROWS = 8;
+  static constexpr int64_t PIECE_BYTES = 1 << 18;
+  static constexpr int64_t AT_ONCE = 8;  // a multiple of the rows that products take at once
   struct Run {
     int64_t begin, rows, num_rows;
   };

@@ -59,6 +59,17 @@ inline Floats shifted(Words words, int shift) {
   return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, unsigned(shift)));
 }
 inline float sum(Floats value) { return _mm512_reduce_add_ps(value); }
+inline void sum_four(const Floats* values, float* sums) {
+  const auto halves = [](Floats a, Floats b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  };
+  const Floats two = halves(values[0], values[1]), others = halves(values[2], values[3]);
+  Floats four = add(_mm512_shuffle_f32x4(two, others, 0x88), _mm512_shuffle_f32x4(two, others, 0xDD));
+  four = add(four, _mm512_permute_ps(four, 0x4E));
+  four = add(four, _mm512_permute_ps(four, 0xB1));
+  const Words firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, four)));
+}
 inline Floats spread(float value) { return _mm512_set1_ps(value); }
 inline Floats low_brains(Words words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
 inline Floats high_brains(Words words) {
@@ -266,6 +277,15 @@ inline Floats load_as(const void* from, int64_t type, int64_t first, int64_t cou
   to_floats(from, type, first, count, values);
   return load(values);
 #endif
+}
+
+// The sum of each vector's lanes.
+template <int COUNT>
+inline void sum_each(const Floats* values, float* sums) {
+#ifdef LLAMAC_AVX512
+  if constexpr (COUNT == 4) return sum_four(values, sums);
+#endif
+  for (int i = 0; i < COUNT; i++) sums[i] = sum(values[i]);
 }
 
 }  // namespace
