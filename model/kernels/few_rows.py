@@ -32,6 +32,7 @@ _SOURCES = tuple(
     for name in (
         "operators.cpp",
         "packed_product.cpp",
+        "unpack.cpp",
         "dense_product.cpp",
         "attention.cpp",
         "layer.cpp",

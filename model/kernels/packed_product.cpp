@@ -1,5 +1,4 @@
-// Products of a few rows with packed weights, and their unpacking; packed_product.py says what a
-// packed weight is.
+// Products of a few rows with packed weights; packed_product.py says what a packed weight is.
 //
 // A row of a weight is read in blocks of a vector's bytes. Of every 32-bit lane the fields (8 of 4
 // bits, or 4 of 8) become numbers without a shift: masked in place, field s is 2^(bits s) too
@@ -18,7 +17,6 @@
 #include <type_traits>
 
 #include "packed_form.h"
-#include "packed_weight.h"
 #include "products.h"
 #include "threads.h"
 
@@ -426,14 +424,4 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
   }
   std::free(scratch);
   return 1;
-}
-
-extern "C" void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num_threads) {
-  const int64_t row_bytes = width * (type == FLOAT32 ? 4 : 2);
-#pragma omp parallel for num_threads(int(num_threads))
-  for (int64_t row = 0; row < weight->num_rows; row++) {
-    void* out = static_cast<char*>(weight->out) + row * row_bytes;
-    if (weight->bits == 8) unpack_row<8>(*weight, width, row, type, out);
-    else unpack_row<4>(*weight, width, row, type, out);
-  }
 }

@@ -29,7 +29,7 @@ from .many_rows import multiply_many
 
 __all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
-_SOURCES = (Path(__file__).with_name("packed_product.cpp"),)
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_product.cpp", "unpack.cpp"))
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
 _GROUPS = (16, 32, 64, 128)
 _BLOCK_BYTES = 4 << 20  # of a weight at a time, so that they stay within a CPU's cache

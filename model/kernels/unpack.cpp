@@ -1,6 +1,4 @@
-// A packed weight, its numbers and their unpacking; packed_product.py says what one is.
-#pragma once
-
+// Packed weights' numbers; packed_product.py says what a packed weight is.
 #include <algorithm>
 #include <cstdint>
 
@@ -58,3 +56,13 @@ void unpack_row(const PackedWeight& weight, int64_t width, int64_t row, int64_t 
 }
 
 }  // namespace
+
+extern "C" void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num_threads) {
+  const int64_t row_bytes = width * (type == FLOAT32 ? 4 : 2);
+#pragma omp parallel for num_threads(int(num_threads))
+  for (int64_t row = 0; row < weight->num_rows; row++) {
+    void* out = static_cast<char*>(weight->out) + row * row_bytes;
+    if (weight->bits == 8) unpack_row<8>(*weight, width, row, type, out);
+    else unpack_row<4>(*weight, width, row, type, out);
+  }
+}
