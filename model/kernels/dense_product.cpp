@@ -13,9 +13,9 @@
 
 namespace {
 
-// Bytes ahead that are fetched into the second cache, and from there into the first. Without the
-// second step several rows of x take the time of reading and of multiplying, one after the other.
-constexpr int64_t FAR_AHEAD = 4096, NEAR_AHEAD = 512;
+// Bytes ahead that are fetched into the first cache: for one row of x at once, for several after they
+// were into the second, else reading and multiplying take their times one after the other.
+constexpr int64_t ONE_AHEAD = 1024, FAR_AHEAD = 4096, NEAR_AHEAD = 512;
 // Rows of x that there are registers for beside one row of a weight or more, and those registers.
 constexpr int MAX_M = LANES == 16 ? 8 : 4, REGISTERS = LANES == 16 ? 24 : 12;
 
@@ -104,8 +104,8 @@ void multiply_tile(const Job& job, int64_t first_x, int64_t row, int64_t step) {
   };
   for (int64_t block = 0; block < num_whole; block++) {
     for (int r = 0; r < ROWS; r++) {
-      __builtin_prefetch(rows[r] + FAR_AHEAD, 0, 2);
-      __builtin_prefetch(rows[r] + NEAR_AHEAD, 0, 3);
+      if constexpr (M > 1) __builtin_prefetch(rows[r] + FAR_AHEAD, 0, 2);
+      __builtin_prefetch(rows[r] + (M > 1 ? NEAR_AHEAD : ONE_AHEAD), 0, 3);
     }
     add_block(rows);
     for (int r = 0; r < ROWS; r++) rows[r] += BLOCK_BYTES;
