@@ -156,13 +156,12 @@ def test_a_flipped_byte_in_the_weights_is_refused(bundle: Path, name: str):
     status = (bundle / name).stat()
     edit(bundle / name, flip)
     assert_refused(bundle, name, "was changed after the export")
-    # What looks untouched is read on request.
+    # Nor does it help to set the time back.
     edit(bundle / name, flip)
     open_bundle(bundle)
     edit(bundle / name, flip)
     os.utime(bundle / name, ns=(status.st_atime_ns, status.st_mtime_ns))
-    open_bundle(bundle)
-    assert_refused(bundle, name, "was changed after the export", check=True)
+    assert_refused(bundle, name, "was changed after the export")
 
 
 def test_weights_are_hashed_once_for_every_copy(bundle: Path, exported: Manifest, tmp_path: Path):

@@ -1,8 +1,9 @@
 """Which files were hashed and found right before, so that gigabytes are not hashed at every start.
 
 A weights file may be a hard link to a checkpoint's, and who rewrites that changes the bundle. So a
-file is taken for what it was only as long as its inode, size and time of change stay. What is
-known is kept per user, in the cache and not in the bundle, which never changes.
+file is taken for what it was only as long as its inode, size and times of change stay: that of its
+bytes, which a copy may keep, and the inode's own, which nobody sets. What is known is kept per
+user, in the cache and not in the bundle, which never changes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def mark_path(path: Path, sha256: str) -> Path | None:
         The mark, whether it is there or not; None where there can't be a cache.
     """
     status = path.stat()
-    identity = f"{sha256} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    identity = f"{sha256} {status.st_ino} {status.st_size} {times}"
     try:
         return cache_folder("weights") / hashlib.sha256(identity.encode()).hexdigest()
     except ValueError:
