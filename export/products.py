@@ -97,9 +97,8 @@ def _multiply_packed(x: Tensor, layer: PackedLinear, *, accuracy_level: int) -> 
 def _dequantize_and_multiply(x: Tensor, layer: PackedLinear) -> Tensor:
     """The form in which TensorRT keeps a weight packed in its engine."""
     signed = layer.get_parameter("weight_signed")
-    is_positive = layer.packed.bits == 8
-    scale = layer.get_parameter("weight_positive_scale") if is_positive else layer.weight_scale
-    scale = scale.to(x.dtype)
+    name = "weight_positive_scale" if layer.packed.bits == 8 else "weight_scale"
+    scale = layer.get_parameter(name).to(x.dtype)
     is_grouped = scale.shape[1] > 1
     weight = torch.onnx.ops.symbolic(
         "DequantizeLinear",

@@ -40,8 +40,9 @@ _SOURCES = tuple(
 )
 
 _library = torch.library.Library("llamac", "FRAGMENT")
-# The compiler isn't told that layers_few writes the cache: it takes no such operator into a region
-# that layers share, as those that don't all fit do. Nothing else of a step reads or writes theirs.
+# The compiler isn't told that layers_few writes the cache: where not all layers fit it is called in
+# a region that they share, into which the compiler takes no operator that writes. Nothing else of a
+# step reads or writes these layers' cache.
 for _schema in (
     "multiply_few(Tensor x, Tensor[] weights) -> Tensor[]",
     "multiply_few_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",

@@ -5,6 +5,7 @@
 // large, which x makes up for. So x is arranged once: for each block the first columns of all
 // lanes, then the second ones. A lane's columns share a scale, so that a block is one product of
 // vectors and scales.
+
 // GCC's choice of induction variables spills the pointers of the loop over blocks.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-ivopts")
