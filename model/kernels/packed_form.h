@@ -8,6 +8,7 @@ namespace {
 
 template <int BITS>
 struct FloatForm {
+  static constexpr bool TAKES_ONE = true, TAKES_SEVERAL = true;  // rows of x
   static constexpr bool READS_SCALES = false;  // as they lie; else float32 of them
   static constexpr int COLUMNS = 32 / BITS;    // of a lane
   static constexpr int VECTORS = COLUMNS;      // of a block's x
@@ -75,7 +76,7 @@ struct BrainTable {
 
 // For several rows of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
 struct BrainForm {
-  static constexpr bool READS_SCALES = true;
+  static constexpr bool TAKES_ONE = false, TAKES_SEVERAL = true, READS_SCALES = true;
   static constexpr int COLUMNS = 8, VECTORS = 4, START = 0;
   struct Factors {
     __m512bh fields[VECTORS];
@@ -140,7 +141,7 @@ struct BrainForm {
 // bytes, which are multiplied as bytes.
 template <int BITS>
 struct ByteForm {
-  static constexpr bool READS_SCALES = true;
+  static constexpr bool TAKES_ONE = true, TAKES_SEVERAL = BITS == 8, READS_SCALES = true;
   static constexpr int COLUMNS = 32 / BITS, FACTORS = 8 / BITS;
   // Upper and lower bytes for each factor, the scales, and what the zero point takes away.
   static constexpr int SCALE = 2 * FACTORS, START = SCALE + 1, VECTORS = START + 1;

@@ -325,7 +325,7 @@ void multiply_several(const Job<Form, SCALES>& job, int64_t first, int64_t last)
       int64_t row = 0;
       for (; row + ROWS_AT_ONCE <= rows.count; row += ROWS_AT_ONCE)
         multiply_all_x<ROWS_AT_ONCE>(job, rows, row, 0, block, stop);
-      for (; row < rows.count; row++) multiply_all_x<1>(job, rows, row, 0, block, stop);
+      for (; row < rows.count; row++) multiply_all_x<1, 1>(job, rows, row, 0, block, stop);
     }
     end(job, rows);
   }
@@ -418,8 +418,9 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
             Form::table(has_zero_point),
             has_zero_point ? vectors + Form::START * LANES : NOTHING,
             has_zero_point ? Arranged<Form>::FLOATS : 0};
-        if (num_x > 1) multiply_several(job, first, last);
-        else multiply_one<RUNS>(job, first, last);
+        if constexpr (Form::TAKES_SEVERAL)
+          if (num_x > 1) return multiply_several(job, first, last);
+        if constexpr (Form::TAKES_ONE) multiply_one<RUNS>(job, first, last);
       });
     });
   }

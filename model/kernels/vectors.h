@@ -8,11 +8,11 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LLAMAC_AVX512
-#ifdef __AVX512BF16__
-#define LLAMAC_BRAINS  // products of bfloat16
-#endif
 #ifdef __AVX512VNNI__
 #define LLAMAC_BYTES  // products of bytes
+#ifdef __AVX512BF16__
+#define LLAMAC_BRAINS  // products of bfloat16, which no processor has without those
+#endif
 #endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LLAMAC_AVX2
