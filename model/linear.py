@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .kernels.few_rows import MAX_ROWS, multiply_few
 from .kernels.gpu_operators import multiply_rows
-from .kernels.many_rows import multiply_many
+from .kernels.many_rows import DTYPES_IN_CPP, multiply_many
 from .ranks import ALONE, Rank, Role, gather_columns, sum_over_ranks
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "OverRanks",
     "compiled_on_cpu",
     "is_few_rows",
+    "is_many_rows",
     "multiply_in_float32",
 ]
 
@@ -51,6 +52,12 @@ def compiled_on_cpu(x: Tensor) -> bool:
 def is_few_rows(x: Tensor) -> bool:
     """Whether x [M, K] is multiplied by an operator for few rows."""
     return compiled_on_cpu(x) and len(x) <= MAX_ROWS
+
+
+def is_many_rows(x: Tensor) -> bool:
+    """Whether x [M, K] is multiplied by the operator for many rows."""
+    by_operator = x.dtype == torch.float32 or x.dtype in DTYPES_IN_CPP
+    return compiled_on_cpu(x) and len(x) > MAX_ROWS and by_operator
 
 
 class OverRanks(nn.Module):
@@ -133,10 +140,10 @@ class Linear(OverRanks):
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
             if is_few_rows(x):
                 return self.add_bias(multiply_few(x.contiguous(), [self.weight])[0])
+            if is_many_rows(x):
+                return self.add_bias(multiply_many(x, [self.weight])[0])
             if x.shape[0] > _FEW_ROWS_16_BIT and x.dtype in STORAGE_DTYPES:
                 return self.add_bias(multiply_in_float32(x, self.weight))
-            if x.dtype == torch.float32 and torch.compiler.is_dynamo_compiling():
-                return self.add_bias(multiply_many(x, self.weight))
         return F.linear(x, self.weight, self.own_bias)
 
 

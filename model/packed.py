@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..runtime.typed_json import shown
 from .config import DTYPES
 from .kernels.few_rows import multiply_few, multiply_few_packed
+from .kernels.many_rows import multiply_many
 from .kernels.packed_product import dequantize, multiply_packed
-from .linear import Linear, OverRanks, is_few_rows
+from .linear import Linear, OverRanks, is_few_rows, is_many_rows
 
 __all__ = ["PackedEmbedding", "PackedFormat", "PackedLinear", "is_packed_part", "project"]
 
@@ -194,8 +195,9 @@ def project(x: Tensor, *layers: Linear | PackedLinear) -> Sequence[Tensor]:
         for layer in layers
         if isinstance(layer, PackedLinear) and layer.weight_order is None and _by_kernel(x, layer)
     ]
-    if len(plain) == len(layers) and is_few_rows(x):
-        outs = multiply_few(x.contiguous(), [layer.weight for layer in plain])
+    if len(plain) == len(layers) and (is_few_rows(x) or is_many_rows(x)):
+        multiply = multiply_few if is_few_rows(x) else multiply_many
+        outs = multiply(x.contiguous(), [layer.weight for layer in plain])
     elif len(packed) == len(layers):
         outs = _multiply_by_kernel(x, packed)
     else:

@@ -14,7 +14,7 @@ from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.few_rows import attend_few, load_operators, multiply_few
-from llamac.model.kernels.many_rows import multiply_many
+from llamac.model.kernels.many_rows import multiply_dense_in_cpp, multiply_many
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -138,7 +138,7 @@ def test_the_operators_are_well_formed():
     assert load_operators() is not None
     x, weights = torch.randn(2, 16), [torch.randn(5, 16), torch.randn(3, 16)]
     torch.library.opcheck(torch.ops.llamac.multiply_few, (x, weights))
-    torch.library.opcheck(torch.ops.llamac.multiply_many, (x, weights[0]))
+    torch.library.opcheck(torch.ops.llamac.multiply_many, (x, weights))
     packed, scale = torch.zeros(5, 8, dtype=torch.uint8), torch.ones(5, 1)
     torch.library.opcheck(torch.ops.llamac.multiply_few_packed, (x, [packed], [scale], []))
     cache = torch.randn(2, 2, 9, 16)
@@ -177,10 +177,39 @@ def test_sizes_that_do_not_fit_are_refused():
             few_rows.multiply_few_packed(x, packs, scales, minima)
 
 
-@pytest.mark.parametrize("by_amd", [False, True])
-def test_many_rows(by_amd: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llamac.model.kernels.many_rows.is_amd", lambda: by_amd)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows(dtype: torch.dtype, form: str):
+    library = library_of(form)
+    torch.manual_seed(0)
+    # Panels of all widths, and a second pass; columns of several blocks, and an odd one; strips of
+    # rows that begin a tile.
+    sizes = itertools.product((17, 40, 64, 70, 128, 300), (1, 20, 129, 2048))
+    for num_x, width in (*sizes, (128, 5000)):
+        x = torch.randn(num_x, width).to(dtype)
+        weights = [torch.randn(num_rows, width).to(dtype) for num_rows in (49, 1, 130)]
+        outs = multiply_dense_in_cpp(library, x, weights)
+        for out, weight in zip(outs, weights, strict=True):
+            exact = x.double() @ weight.double().t()
+            assert (out.double() - exact).abs().max() <= ALLOWED_ERROR[dtype] * exact.abs().max()
+
+
+def test_many_rows_whatever_the_number_of_threads_have_the_same_bits():
+    x, weight = torch.randn(128, 576), torch.randn(200, 576)
+    before, outs = torch.get_num_threads(), []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        outs += multiply_dense_in_cpp(library_of("native"), x, [weight])
+    torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_the_operator_for_many_rows(in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
+    dtypes = frozenset({torch.float32} if in_cpp else ())
+    monkeypatch.setattr("llamac.model.kernels.many_rows.DTYPES_IN_CPP", dtypes)
     x, weight = torch.randn(40, 96), torch.randn(33, 96)
-    out = multiply_many(x, weight)
+    (out,) = multiply_many(x, [weight])
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=0)

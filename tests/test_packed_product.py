@@ -61,6 +61,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         library = packed_product.cpp_library(*options_of(request.param))
         assert library is not None
     monkeypatch.setattr(packed_product, "cpp_library", lambda: library)
+    monkeypatch.setattr(packed_product, "DTYPES_IN_CPP", frozenset(DTYPES))
 
 
 @pytest.mark.usefixtures("form")
@@ -111,6 +112,18 @@ def test_product(bits: int, group: int, dtype: torch.dtype, with_minimum: bool):
         for num_x in (1, 2, 3, 8, 16, 17, 40):
             x = random_x(num_x, width, x_dtype)
             assert_close_to_exact(multiply(x, weight)[0], x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_where_a_library_is_faster(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(packed_product, "DTYPES_IN_CPP", frozenset())
+    monkeypatch.setattr(packed_product, "_BLOCK_BYTES", 4096)  # several blocks
+    weight = PackedWeight(67, 576, bits=bits, dtype=torch.bfloat16)
+    x = random_x(40, 576, dtype)
+    assert_close_to_exact(multiply(x, weight)[0], x, weight)
 
 
 @pytest.mark.parametrize("with_minimum", [False, True])

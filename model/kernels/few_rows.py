@@ -32,6 +32,7 @@ _SOURCES = tuple(
     for name in (
         "operators.cpp",
         "packed_product.cpp",
+        "many_rows.cpp",
         "unpack.cpp",
         "dense_product.cpp",
         "attention.cpp",

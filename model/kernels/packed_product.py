@@ -25,12 +25,13 @@ from torch import Tensor
 from ..linear import STORAGE_DTYPES
 from .cpp_library import load_library
 from .few_rows import MAX_ROWS, load_operators
-from .many_rows import multiply_many
+from .many_rows import CPP_TYPES, DTYPES_IN_CPP, call_product, multiply_many
 
 __all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_product.cpp", "unpack.cpp"))
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the C++ library's numbers
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("packed_product.cpp", "many_rows.cpp", "unpack.cpp")
+)
 _GROUPS = (16, 32, 64, 128)
 _BLOCK_BYTES = 4 << 20  # of a weight at a time, so that they stay within a CPU's cache
 _GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
@@ -99,14 +100,13 @@ def cpp_library(*options: str) -> ctypes.CDLL | None:
     library = load_library(_SOURCES, *options) if options else load_operators()
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.multiply_packed.argtypes = pointer, number, number, number, pointer, number, number
         library.unpack.argtypes = pointer, number, number, number
         library.unpack.restype = None
     return library
 
 
 def multiply_in_cpp(library: ctypes.CDLL, x: Tensor, weights: Sequence[_Weight]) -> list[Tensor]:
-    """Multiplies at most 16 rows with each weight, on a CPU.
+    """Multiplies with each weight, on a CPU.
 
     Args:
         library: What cpp_library returns.
@@ -119,17 +119,9 @@ def multiply_in_cpp(library: ctypes.CDLL, x: Tensor, weights: Sequence[_Weight])
     x = x.contiguous()
     num_x, width = x.shape
     outs = [x.new_empty(num_x, len(packed)) for packed, _, _ in weights]
-    done = library.multiply_packed(
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        num_x,
-        width,
-        _table(width, *[(*weight, out) for weight, out in zip(weights, outs, strict=True)]),
-        len(weights),
-        torch.get_num_threads(),
-    )
-    if not done:
-        raise MemoryError("no memory for a product's scratch")
+    fields = _fields(width, *[(*weight, out) for weight, out in zip(weights, outs, strict=True)])
+    multiply = library.multiply_packed if num_x <= MAX_ROWS else library.multiply_many
+    call_product(multiply, x, fields, len(weights))
     return outs
 
 
@@ -138,7 +130,8 @@ def _multiply_on_cpu(
 ) -> list[Tensor]:
     weights = [*_weights(packed, scales, minima)]
     library = cpp_library()
-    if library is None or not 0 < len(x) <= MAX_ROWS:
+    in_cpp = 0 < len(x) <= MAX_ROWS or x.dtype in DTYPES_IN_CPP
+    if library is None or not in_cpp:
         return [_multiply_dequantized(x, *weight) for weight in weights]
     return multiply_in_cpp(library, x, weights)
 
@@ -171,7 +164,7 @@ def _multiply_dequantized(
         part = minimum if minimum is None else minimum[own]
         rest = packed[own]
         weight = _unpack(rest, scale[own], part, buffer[: len(rest)])
-        out[:, own] = multiply_many(rows, weight) if in_float32 else F.linear(rows, weight)
+        out[:, own] = multiply_many(rows, [weight])[0] if in_float32 else F.linear(rows, weight)
     return out
 
 
@@ -180,13 +173,18 @@ def _unpack(packed: Tensor, scale: Tensor, minimum: Tensor | None, buffer: Tenso
     width, library = buffer.shape[1], cpp_library()
     if buffer.device.type != "cpu" or library is None:
         return dequantize(packed, scale, minimum, buffer.dtype, width=width)
-    table = _table(width, (packed, scale, minimum, buffer))
-    library.unpack(table, width, _TYPES[buffer.dtype], torch.get_num_threads())
+    fields = _fields(width, (packed, scale, minimum, buffer))
+    library.unpack(
+        (ctypes.c_int64 * len(fields))(*fields),
+        width,
+        CPP_TYPES[buffer.dtype],
+        torch.get_num_threads(),
+    )
     return buffer
 
 
-def _table(width: int, *weights: tuple[*_Weight, Tensor]) -> ctypes.Array[ctypes.c_int64]:
-    """The C++ library's Weight of each, which is int64 alone."""
+def _fields(width: int, *weights: tuple[*_Weight, Tensor]) -> list[int]:
+    """The fields of each weight's PackedWeight in products.h, with what it is multiplied into."""
     fields: list[int] = []
     for packed, scale, minimum, out in weights:
         num_rows, row_bytes = packed.shape
@@ -198,10 +196,10 @@ def _table(width: int, *weights: tuple[*_Weight, Tensor]) -> ctypes.Array[ctypes
         offsets, offsets_type = 0, 0
         if minimum is not None:
             assert minimum.is_contiguous()
-            offsets, offsets_type = minimum.data_ptr(), _TYPES[minimum.dtype]
+            offsets, offsets_type = minimum.data_ptr(), CPP_TYPES[minimum.dtype]
         fields += (packed.data_ptr(), scale.data_ptr(), offsets, out.data_ptr())
-        fields += (num_rows, bits, group, _TYPES[scale.dtype], offsets_type)
-    return (ctypes.c_int64 * len(fields))(*fields)
+        fields += (num_rows, bits, group, CPP_TYPES[scale.dtype], offsets_type)
+    return fields
 
 
 def _weights(packed: list[Tensor], scales: list[Tensor], minima: list[Tensor]) -> Iterator[_Weight]:

@@ -67,6 +67,10 @@ int multiply_dense(const void* x, int64_t type, int64_t num_x, int64_t width,
 int multiply_packed(const void* x, int64_t type, int64_t num_x, int64_t width,
                     const PackedWeight* weights, int64_t num_weights, int64_t num_threads);
 
+// The same for any num_x, of weights that are packed or, of `bits` 16 or 32, numbers of x's type.
+int multiply_many(const void* x, int64_t type, int64_t num_x, int64_t width,
+                  const PackedWeight* weights, int64_t num_weights, int64_t num_threads);
+
 // The weight's numbers into its out, [num_rows, width] of a type.
 void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num_threads);
 

@@ -27,17 +27,18 @@ int64_t thread_index() {
 template <class Weight>
 class RowPieces {
  public:
-  // All weights have `width` columns; bits_of gives those of a weight's numbers.
+  // All weights have `width` columns; bits_of gives those of a weight's numbers. A piece is a multiple
+  // of the rows that a product takes at once.
   template <class Function>
   RowPieces(const Weight* weights, int64_t num_weights, int64_t width, int64_t num_threads,
-            Function bits_of)
+            Function bits_of, int64_t at_once = 8)
       : shares_(size_t(num_threads)) {
     int64_t num_pieces = 0;
     for (int64_t i = 0; i < num_weights; i++) {
       const int64_t rows = weights[i].num_rows, row_bytes = width * bits_of(weights[i]) / 8;
       const int64_t fitting = PIECE_BYTES / std::max<int64_t>(row_bytes, 1);
       const int64_t fair = divide_up(rows, num_threads);
-      const int64_t each = divide_up(std::min(fitting, fair), AT_ONCE) * AT_ONCE;
+      const int64_t each = divide_up(std::min(fitting, fair), at_once) * at_once;
       runs_.push_back({num_pieces, each, rows});
       num_pieces += divide_up(rows, each);
     }
@@ -65,7 +66,6 @@ class RowPieces {
 
  private:
   static constexpr int64_t PIECE_BYTES = 1 << 18;
-  static constexpr int64_t AT_ONCE = 8;  // a multiple of the rows that products take at once
   struct Run {
     int64_t begin, rows, num_rows;
   };

@@ -99,16 +99,18 @@ inline Floats load_fields8(const uint8_t* from) {
 inline void store_halves(uint16_t* to, Floats value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, 0));
 }
-inline void store_brains(uint16_t* to, Floats value) {
+inline __m256i to_brains(Floats value) {
 #ifdef LLAMAC_BRAINS
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+  return (__m256i)_mm512_cvtneps_pbh(value);
 #else
   const Words bits = _mm512_castps_si512(value), one = _mm512_set1_epi32(1);
   const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
   const Words half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-  const Words rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
 #endif
+}
+inline void store_brains(uint16_t* to, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_brains(value));
 }
 
 #elif defined(LLAMAC_AVX2)
@@ -257,6 +259,38 @@ inline void store_brains(uint16_t* to, Floats value) {
 }
 
 #endif
+
+// LANES x LANES words, those of row i and column j to row j and column i; rows are strides apart.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#ifdef LLAMAC_AVX512
+  Floats rows[LANES], parts[LANES];
+  for (int i = 0; i < LANES; i++) rows[i] = load(from + i * from_stride);
+  for (int i = 0; i < LANES; i += 2) {
+    parts[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    parts[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      const __m512d a = _mm512_castps_pd(parts[i + j]), b = _mm512_castps_pd(parts[i + j + 2]);
+      rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  // Now a quarter q of vector i + j has column 4 q + j of rows i to i + 3.
+  for (int j = 0; j < 4; j++) {
+    const Floats even = _mm512_shuffle_f32x4(rows[j], rows[j + 4], 0x88);
+    const Floats odd = _mm512_shuffle_f32x4(rows[j], rows[j + 4], 0xDD);
+    const Floats last_even = _mm512_shuffle_f32x4(rows[j + 8], rows[j + 12], 0x88);
+    const Floats last_odd = _mm512_shuffle_f32x4(rows[j + 8], rows[j + 12], 0xDD);
+    store(to + j * to_stride, _mm512_shuffle_f32x4(even, last_even, 0x88));
+    store(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(odd, last_odd, 0x88));
+    store(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(even, last_even, 0xDD));
+    store(to + (j + 12) * to_stride, _mm512_shuffle_f32x4(odd, last_odd, 0xDD));
+  }
+#else
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
 
 constexpr int64_t BLOCK_BYTES = 4 * LANES;  // of a vector
 
