@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linear
+from ..kernels.many_rows import DTYPES_IN_CPP
 from ..toolchain import instruction_set
 
 __all__ = ["step_key"]
@@ -52,6 +53,7 @@ def step_key(
         torch.backends.cpu.get_cpu_capability(),
         instruction_set(),
         sorted(map(str, linear.STORAGE_DTYPES)),
+        sorted(map(str, DTYPES_IN_CPP)),
         torch.get_num_threads(),  # the number is in the code
     )
     digest.update(repr((machine, described, ("world_size", world_size), facts)).encode())
