@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .cache import KVCache, quantize_rows
 from .config import LlamaConfig
 from .decode_layer import call_layer, call_layers
-from .kernels.few_rows import MAX_ROWS, attend_few
+from .kernels.few_rows import MAX_ROWS, attend_in_cpp
 from .kernels.live_attention import NUM_COUNTERS, attend_live
+from .kernels.many_rows import DTYPES_IN_CPP
 from .linear import Linear, OverRanks, compiled_on_cpu
 from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
 from .ranks import ALONE, Rank, role_of
@@ -117,9 +118,9 @@ class TorchAttention(nn.Module):
             written = [k, v, k_scale, v_scale]
         for buffer, rows_written in zip(cache, written, strict=True):
             buffer.index_put_(index, rows_written)
-        few = compiled_on_cpu(q) and len(tokens) <= MAX_ROWS
-        if few and (scales or q.dtype == k_cache.dtype):
-            return attend_few(q, list(cache), positions, slots, scale)
+        is_fastest = len(tokens) <= MAX_ROWS or q.dtype in DTYPES_IN_CPP
+        if compiled_on_cpu(q) and is_fastest and (scales or q.dtype == k_cache.dtype):
+            return attend_in_cpp(q, list(cache), positions, slots, scale)
         counters = self.counters if q.device.type == "cuda" else None
         return attend_live(q, k_cache, v_cache, positions, slots, scale, *scales, counters=counters)
 

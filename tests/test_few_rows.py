@@ -13,7 +13,7 @@ from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.cpp_library import load_library
-from llamac.model.kernels.few_rows import attend_few, load_operators, multiply_few
+from llamac.model.kernels.few_rows import attend_in_cpp, load_operators, multiply_few
 from llamac.model.kernels.many_rows import multiply_dense_in_cpp, multiply_many
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +78,11 @@ SIZES = (
     (4, 4, 1, 600, 64, (0, 255, 256, 599, 700)),
     (6, 2, 7, 300, 32, (0, 290)),
     (3, 1, 16, 40, 128, (24,)),
+    # Chunks of rows and panels of queries that end anywhere; an odd D.
+    (8, 2, 128, 700, 64, (0, 500, 690)),
+    (4, 4, 17, 300, 32, (0, 127, 283)),
+    (6, 2, 50, 200, 33, (3, 150)),
+    (5, 1, 40, 130, 80, (90,)),
 )
 
 
@@ -106,16 +111,19 @@ def test_attention(
         caches = stored * scales[..., None]
     addresses = [0, 0] if scales is None else [one.data_ptr() for one in scales]
     positions, slots = torch.tensor(given), torch.randperm(batch + 2)[:batch]
+    scale = dim**-0.5
+    exact = exact_attention(q, *caches, positions, slots, scale)
+    for slot, position in zip(slots.tolist(), given, strict=True):  # what nobody sees
+        (stored if scales is None else scales)[:, slot, :, position + tokens :] = float("nan")
     out = q.new_empty(batch, tokens, heads, dim)
     numbers = (q.data_ptr(), batch, heads, tokens, dim, *q.stride()[:3])
     queries = (ctypes.c_int64 * 8)(*numbers)
     addresses = [*(one.data_ptr() for one in stored), *addresses]
     cache = (ctypes.c_int64 * 6)(*addresses, kv_heads, rows)
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (positions, slots))
-    scale = dim**-0.5
     last = (ctypes.c_int64(TYPES[dtype]), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(2))
-    assert library.attend(queries, cache, *pointers, ctypes.c_double(scale), *last)
-    exact = exact_attention(q, *caches, positions, slots, scale)
+    attend = library.attend if tokens <= few_rows.MAX_ROWS else library.attend_many
+    assert attend(queries, cache, *pointers, ctypes.c_double(scale), *last)
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
 
@@ -128,7 +136,7 @@ def test_attention_has_the_same_bits_whatever_the_number_of_threads():
     before, outs = torch.get_num_threads(), []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        outs.append(attend_few(q, [k_cache, v_cache], positions, slots, 0.25))
+        outs.append(attend_in_cpp(q, [k_cache, v_cache], positions, slots, 0.25))
     torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
@@ -144,13 +152,13 @@ def test_the_operators_are_well_formed():
     cache = torch.randn(2, 2, 9, 16)
     numbers = torch.tensor([3])
     torch.library.opcheck(
-        torch.ops.llamac.attend_few,
+        torch.ops.llamac.attend_in_cpp,
         (torch.randn(1, 4, 1, 16), [cache, cache.clone()], numbers, numbers * 0, 0.25),
     )
     rows, scales = quantize_rows(cache)
     buffers = [rows, rows.clone(), scales, scales.clone()]
     torch.library.opcheck(
-        torch.ops.llamac.attend_few,
+        torch.ops.llamac.attend_in_cpp,
         (torch.randn(1, 4, 1, 16), buffers, numbers, numbers * 0, 0.25),
     )
 

@@ -1,4 +1,4 @@
-"""Operators in C++ for steps of few tokens on a CPU, which are bound by reading weights and cache.
+"""Operators in C++ for a CPU: attention, and what steps of few tokens do, which reading bounds.
 
 They are for compiled steps: `load_operators` must have been called before one runs. Their shapes
 are checked, at each call.
@@ -17,7 +17,7 @@ from .cpp_library import load_library
 
 __all__ = [
     "MAX_ROWS",
-    "attend_few",
+    "attend_in_cpp",
     "layers_few",
     "load_operators",
     "multiply_few",
@@ -36,6 +36,7 @@ _SOURCES = tuple(
         "unpack.cpp",
         "dense_product.cpp",
         "attention.cpp",
+        "attention_many.cpp",
         "layer.cpp",
     )
 )
@@ -47,7 +48,8 @@ _library = torch.library.Library("llamac", "FRAGMENT")
 for _schema in (
     "multiply_few(Tensor x, Tensor[] weights) -> Tensor[]",
     "multiply_few_packed(Tensor x, Tensor[] packed, Tensor[] scales, Tensor[] minima) -> Tensor[]",
-    "attend_few(Tensor q, Tensor[] cache, Tensor positions, Tensor slots, float scale) -> Tensor",
+    "attend_in_cpp(Tensor q, Tensor[] cache, Tensor positions, Tensor slots, float scale) "
+    "-> Tensor",
     "layers_few(Tensor hidden, Tensor[] norms, float eps, Tensor[] weights, Tensor?[] scales, "
     "Tensor?[] minima, Tensor?[] biases, Tensor cos, Tensor sin, Tensor positions, "
     "Tensor write_indices, Tensor slots, float scale, Tensor[] cache) -> Tensor",
@@ -75,10 +77,10 @@ def multiply_few_packed(
     return torch.ops.llamac.multiply_few_packed(x, packed, scales, minima)
 
 
-def attend_few(
+def attend_in_cpp(
     q: Tensor, cache: list[Tensor], positions: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
-    """Does what live_attention.attend_live does, for at most 16 tokens.
+    """Does what live_attention.attend_live does.
 
     Args:
         q: [B, H, T, D].
@@ -90,7 +92,7 @@ def attend_few(
     Returns:
         [B, H, T, D] as a contiguous [B, T, H, D].
     """
-    return torch.ops.llamac.attend_few(q, cache, positions, slots, scale)
+    return torch.ops.llamac.attend_in_cpp(q, cache, positions, slots, scale)
 
 
 def layers_few(
@@ -183,5 +185,5 @@ def _fake_layers(hidden: Tensor, *_: object) -> Tensor:
 
 torch.library.register_fake("llamac::multiply_few", _fake_products, lib=_library)
 torch.library.register_fake("llamac::multiply_few_packed", _fake_products, lib=_library)
-torch.library.register_fake("llamac::attend_few", _fake_attention, lib=_library)
+torch.library.register_fake("llamac::attend_in_cpp", _fake_attention, lib=_library)
 torch.library.register_fake("llamac::layers_few", _fake_layers, lib=_library)

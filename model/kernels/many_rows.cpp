@@ -1,14 +1,7 @@
-// Products of many rows with weights of any kind, at the speed of arithmetic.
+// Products of many rows with weights of any kind, at the speed of arithmetic (see tile.h).
 //
-// x is turned around once, so that a vector's lanes are rows of x. What is multiplied with them is
-// one word of a weight's row, spread over a vector: a float, or two numbers of bfloat16. So a weight
-// that has the form's type is read as it lies, and of any other a few rows at a time are converted
-// in the cache.
-
-// GCC's choice of induction variables spills the pointers of the loop over words.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-ivopts")
-#endif
+// A weight that has the form's type is read as it lies; of any other a few rows at a time are
+// converted in the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,46 +9,19 @@
 
 #include "products.h"
 #include "threads.h"
+#include "tile.h"
 #include "unpack.h"
-#include "vectors.h"
 
 namespace {
 
-constexpr int MAX_VECTORS = LANES == 16 ? 4 : 2;  // of rows of x at once
-constexpr int SUMS = LANES == 16 ? 24 : 12;       // that there are registers for
 constexpr int64_t ROWS_OF_X = 256;                // that are multiplied before the next ones
 constexpr int64_t STRIP = 48;                     // rows of a weight; a multiple of all tiles'
 constexpr int64_t X_BYTES = LANES == 16 ? 1 << 19 : 1 << 18;  // that stay in the second cache
-
-constexpr int64_t LINE_BYTES = 64;  // of the cache
-
-// How words are multiplied.
-struct FloatForm {
-  static constexpr int64_t TYPE = FLOAT32, COLUMNS = 1;
-  static Floats multiply(Floats x, Floats word, Floats sums) { return multiply_add(x, word, sums); }
-};
-
-#ifdef LLAMAC_BRAINS
-struct BrainForm {
-  static constexpr int64_t TYPE = BFLOAT16, COLUMNS = 2;
-  static Floats multiply(Floats x, Floats word, Floats sums) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)word);
-  }
-};
-#endif
-
-// Numbers as a form's type, which is that of the numbers or float32.
-template <int64_t TYPE>
-void to_type(const void* from, int64_t type, int64_t first, int64_t count, void* to) {
-  if constexpr (TYPE == FLOAT32) to_floats(from, type, first, count, static_cast<float*>(to));
-  else std::memcpy(to, static_cast<const uint16_t*>(from) + first, size_t(count) * 2);
-}
 
 // x of one pass: [panel, step, VECTORS * LANES] words, which are COLUMNS columns of a row each.
 template <class Form, int VECTORS>
 struct Panels {
   static constexpr int64_t LINES = VECTORS * LANES;  // rows of x
-  static constexpr int ROWS = std::min(SUMS / VECTORS, 16);
 
   const X& x;
   int64_t num_panels, num_steps;
@@ -88,42 +54,6 @@ struct Panels {
   }
 };
 
-// What is fetched while a tile is multiplied: of each row that follows a line after so many steps.
-struct Ahead {
-  const uint8_t* bytes;
-  int64_t row_bytes, steps;
-};
-
-// sums [ROWS, stride] += the products of a panel's steps with as many words of each row.
-template <class Form, int VECTORS, int ROWS>
-void multiply_tile(const float* x, int64_t steps, const float* const* rows, float* sums,
-                   int64_t stride, bool is_first, Ahead ahead) {
-  Floats totals[ROWS][VECTORS];
-  const float* words[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    words[r] = rows[r];
-    for (int v = 0; v < VECTORS; v++)
-      totals[r][v] = is_first ? zeros() : load(sums + r * stride + v * LANES);
-  }
-  for (int64_t step = 0; step < steps; ahead.bytes += LINE_BYTES) {
-    for (int r = 0; r < ROWS; r++) __builtin_prefetch(ahead.bytes + r * ahead.row_bytes);
-    for (const int64_t end = std::min(step + ahead.steps, steps); step < end; step++) {
-      Floats vectors[VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++, x += LANES) vectors[v] = load(x);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; r++) {
-        const Floats word = spread(words[r][step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-          totals[r][v] = Form::multiply(vectors[v], word, totals[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECTORS; v++) store(sums + r * stride + v * LANES, totals[r][v]);
-}
-
 // A row's columns `first` to `last` as words: where they lie, or converted into the scratch.
 template <class Form>
 const float* words_of(const PackedWeight& weight, const X& x, int64_t row, int64_t first,
@@ -146,7 +76,7 @@ const float* words_of(const PackedWeight& weight, const X& x, int64_t row, int64
 template <class Form, int VECTORS>
 void multiply_strip(const Panels<Form, VECTORS>& panels, const PackedWeight& weight, int64_t first,
                     int64_t last, int64_t steps_at_once, float* scratch) {
-  constexpr int ROWS = Panels<Form, VECTORS>::ROWS;
+  constexpr int ROWS = TILE_ROWS<VECTORS>;
   constexpr int64_t LINES = Panels<Form, VECTORS>::LINES;
   const X& x = panels.x;
   const int64_t stride = panels.num_panels * LINES, row_bytes = x.width * weight.bits / 8;
@@ -166,7 +96,7 @@ void multiply_strip(const Panels<Form, VECTORS>& panels, const PackedWeight& wei
       const uint8_t* next = weight.packed + (row + ROWS) * row_bytes + column * weight.bits / 8;
       for (int64_t panel = 0; panel < panels.num_panels; panel++) {
         const int64_t lines = panel * divide_up(steps, ahead_steps);
-        multiply_tile<Form, VECTORS, ROWS>(
+        multiply_tile<Form, VECTORS>(
             panels.words + (panel * panels.num_steps + step) * LINES, steps, rows,
             sums + (row - first) * stride + panel * LINES, stride, step == 0,
             {next + lines * LINE_BYTES, row_bytes, ahead_steps});
@@ -191,7 +121,7 @@ bool multiply(const X& x, const PackedWeight* weights, int64_t num_weights, int6
   const int64_t fitting = X_BYTES / (panels.num_panels * LINES * 4) / UNIT * UNIT;
   const int64_t steps_at_once = std::min(std::max(fitting, UNIT), panels.num_steps);
   const int64_t each = STRIP * panels.num_panels * LINES +
-                       divide_up(Panels<Form, VECTORS>::ROWS * steps_at_once, 16) * 16;
+                       divide_up(TILE_ROWS<VECTORS> * steps_at_once, 16) * 16;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, size_t(num_threads * each) * 4));
   const bool has_memory = panels.words && scratch;
   if (has_memory) {

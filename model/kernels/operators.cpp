@@ -16,6 +16,8 @@ using at::Tensor;
 using at::TensorList;
 using Options = c10::List<std::optional<Tensor>>;
 
+constexpr int64_t MAX_ROWS = 16;
+
 int64_t type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return FLOAT32;
@@ -35,7 +37,7 @@ void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
 void check_memory(int had) { TORCH_CHECK(had, "no memory for a product's scratch"); }
 
 void check_rows(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) >= 1 && x.size(0) <= 16,
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) >= 1 && x.size(0) <= MAX_ROWS,
               "x is ", x.sizes(), ", or not contiguous; it must be 1 to 16 rows");
 }
 
@@ -109,7 +111,7 @@ Cache cache_of(TensorList buffers, int64_t dim, at::ScalarType dtype) {
           keys.size(2)};
 }
 
-Tensor attend_few(const Tensor& q, TensorList buffers, const Tensor& positions,
+Tensor attend_in_cpp(const Tensor& q, TensorList buffers, const Tensor& positions,
                   const Tensor& slots, double scale) {
   TORCH_CHECK(q.dim() == 4 && q.stride(3) == 1, "queries must be [B, H, T, D], of whole heads");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
@@ -119,9 +121,10 @@ Tensor attend_few(const Tensor& q, TensorList buffers, const Tensor& positions,
   Tensor out = at::empty({batch, tokens, heads, dim}, q.options());
   const Queries queries{q.const_data_ptr(), batch,       heads,      tokens, dim,
                         q.stride(0),        q.stride(1), q.stride(2)};
-  check_memory(attend(&queries, &cache, positions.const_data_ptr<int64_t>(),
-                      slots.const_data_ptr<int64_t>(), scale, type_of(q), out.mutable_data_ptr(),
-                      at::get_num_threads()));
+  const auto call = tokens <= MAX_ROWS ? attend : attend_many;
+  check_memory(call(&queries, &cache, positions.const_data_ptr<int64_t>(),
+                    slots.const_data_ptr<int64_t>(), scale, type_of(q), out.mutable_data_ptr(),
+                    at::get_num_threads()));
   return out;
 }
 
@@ -220,6 +223,6 @@ Tensor layers_few(const Tensor& hidden, TensorList norms, double eps, TensorList
 TORCH_LIBRARY_IMPL(llamac, CPU, library) {
   library.impl("multiply_few", multiply_few);
   library.impl("multiply_few_packed", multiply_few_packed);
-  library.impl("attend_few", attend_few);
+  library.impl("attend_in_cpp", attend_in_cpp);
   library.impl("layers_few", layers_few);
 }

@@ -79,6 +79,10 @@ void unpack(const PackedWeight* weight, int64_t width, int64_t type, int64_t num
 int attend(const Queries* queries, const Cache* cache, const int64_t* positions,
            const int64_t* slots, double scale, int64_t type, void* out, int64_t num_threads);
 
+// The same of any number of tokens, which is faster from some 16 on.
+int attend_many(const Queries* queries, const Cache* cache, const int64_t* positions,
+                const int64_t* slots, double scale, int64_t type, void* out, int64_t num_threads);
+
 // The tokens through a decoder layer, their keys and values into its cache; out is like hidden.
 int run_layer(const Layer* layer, const Tokens* tokens, void* out, int64_t num_threads);
 }

@@ -1,0 +1,297 @@
+// Causal attention of many tokens, at the speed of its products (see tile.h).
+//
+// A panel's lanes are queries of heads that share keys, a head's tokens one behind the other. It
+// takes the rows that it sees in chunks: their scores [row, lane], which become powers, and the sums
+// of values [column, lane], which shrink where a chunk has a larger score.
+//
+// Source: arXiv 2205.14135.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "products.h"
+#include "threads.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 128;  // rows of the cache
+constexpr int64_t SPARE = 16;   // rows that a tile may write behind the last
+constexpr float LOWEST = -3.0e38f;
+
+// Two numbers as a word of bfloat16, the first one in the lower half.
+inline float pair_of(float first, float second) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = to_bits(value);
+    return bits + 0x7FFF + (bits >> 16 & 1);
+  };
+  return from_bits(rounded(first) >> 16 | (rounded(second) & 0xFFFF0000));
+}
+
+template <class Form, int VECTORS>
+struct Job {
+  static constexpr int64_t LINES = VECTORS * LANES, COLUMNS = Form::COLUMNS;
+  static constexpr int64_t CHUNK_STEPS = CHUNK / COLUMNS;
+
+  const Queries& queries;
+  const Cache& cache;
+  const int64_t *positions, *slots;
+  float scale;
+  int64_t type;
+  void* out;
+
+  int64_t dim() const { return queries.head_dim; }
+  int64_t steps() const { return divide_up(dim(), COLUMNS); }
+  int64_t padded() const { return divide_up(dim(), LANES) * LANES; }
+  int64_t group() const { return queries.num_heads / cache.num_heads; }
+  int64_t num_queries() const { return group() * queries.num_tokens; }
+  int64_t num_panels() const { return divide_up(num_queries(), LINES); }
+  // The last row that a query sees.
+  int64_t limit(int64_t row, int64_t query) const {
+    const int64_t token = std::min(query, num_queries() - 1) % queries.num_tokens;
+    return std::min(positions[row] + token, cache.num_rows - 1);
+  }
+  int64_t live(int64_t row) const { return limit(row, queries.num_tokens - 1) + 1; }
+  bool converts_keys() const {
+    return cache.key_scales || type != Form::TYPE || dim() % COLUMNS != 0;
+  }
+};
+
+// A thread's memory.
+template <class Form, int VECTORS>
+struct Scratch {
+  float *keys, *values, *queries, *scores, *powers, *sums;
+
+  static int64_t num_floats(const Job<Form, VECTORS>& job, int64_t live) {
+    return Scratch(job, live, nullptr).size;
+  }
+  Scratch(const Job<Form, VECTORS>& job, int64_t live, float* floats) {
+    constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
+    const int64_t chunks = divide_up(live, CHUNK);
+    const auto take = [&](int64_t count) {
+      size += divide_up(count, 16) * 16;
+      return floats ? floats + size - divide_up(count, 16) * 16 : nullptr;
+    };
+    keys = take(job.converts_keys() ? live * job.steps() : 0);
+    values = take(chunks * job.padded() * Job<Form, VECTORS>::CHUNK_STEPS);
+    queries = take(job.steps() * LINES);
+    scores = take((CHUNK + SPARE) * LINES);
+    powers = take(CHUNK * LINES);
+    sums = take((job.padded() + SPARE) * LINES);
+  }
+
+ private:
+  int64_t size = 0;
+};
+
+// Columns of a row of keys or values in the form's type.
+template <class Form, int VECTORS>
+void convert(const Job<Form, VECTORS>& job, const void* cache, const float* scales, int64_t row,
+             int64_t column, int64_t count, void* to) {
+  const int64_t place = row * job.dim() + column;
+  if (!scales) return to_type<Form::TYPE>(cache, job.type, place, count, to);
+  const int8_t* own = static_cast<const int8_t*>(cache) + place;
+  for (int64_t i = 0; i < count; i++) put(to, Form::TYPE, i, float(own[i]) * scales[row]);
+}
+
+// A chunk's values turned around, [column, step]; its first row is `first`.
+template <class Form, int VECTORS>
+void turn_values(const Job<Form, VECTORS>& job, int64_t first, int64_t count, float* to) {
+  constexpr int64_t COLUMNS = Form::COLUMNS, STEPS = Job<Form, VECTORS>::CHUNK_STEPS;
+  const auto rows_of = [&](int64_t row, int64_t column, void* own) {
+    const int64_t columns = std::min(LANES, job.dim() - column);
+    if (row < count)
+      convert(job, job.cache.values, job.cache.value_scales, first + row, column, columns, own);
+  };
+  for (int64_t step = 0; step * COLUMNS < count; step += LANES)
+    for (int64_t column = 0; column < job.padded(); column += LANES) {
+      float lines[LANES][LANES] = {};
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t row = (step + i) * COLUMNS;
+        if constexpr (COLUMNS == 1) {
+          rows_of(row, column, lines[i]);
+        } else {
+          uint16_t two[2][LANES] = {};
+          for (int64_t k = 0; k < 2; k++) rows_of(row + k, column, two[k]);
+          for (int64_t k = 0; k < LANES; k++)
+            lines[i][k] = from_bits(two[0][k] | uint32_t(two[1][k]) << 16);
+        }
+      }
+      transpose(lines[0], LANES, to + column * STEPS + step, STEPS);
+    }
+}
+
+// A panel's queries, [step, lane].
+template <class Form, int VECTORS>
+void turn_queries(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int64_t panel,
+                  float* to) {
+  constexpr int64_t LINES = Job<Form, VECTORS>::LINES, COLUMNS = Form::COLUMNS;
+  const Queries& given = job.queries;
+  for (int64_t first = 0; first < LINES; first += LANES)
+    for (int64_t step = 0; step < job.steps(); step += LANES) {
+      float lines[LANES][LANES] = {}, turned[LANES][LANES];
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t query = panel * LINES + first + i;
+        if (query >= job.num_queries()) break;
+        const int64_t place = row * given.row_stride +
+                              (head * job.group() + query / given.num_tokens) * given.head_stride +
+                              query % given.num_tokens * given.token_stride;
+        const int64_t column = step * COLUMNS, count = std::min(LANES * COLUMNS, job.dim() - column);
+        to_type<Form::TYPE>(given.values, job.type, place + column, count, lines[i]);
+      }
+      transpose(lines[0], LANES, turned[0], LANES);
+      for (int64_t i = 0; i < std::min(LANES, job.steps() - step); i++)
+        std::memcpy(to + (step + i) * LINES + first, turned[i], sizeof turned[i]);
+    }
+}
+
+// Scores become powers of them less the largest so far, which `most` is and `shrink` follows from.
+template <class Form, int LINES>
+void raise(float* scores, int64_t first, int64_t count, float scale, const int32_t* limits,
+           bool sees_all, float* most, float* shrink, float* totals, float* powers) {
+  float largest[LINES];
+  std::copy(most, most + LINES, largest);
+  for (int64_t r = 0; r < count; r++) {
+    float* own = scores + r * LINES;
+    for (int i = 0; i < LINES; i++) own[i] *= scale;
+    const int32_t row = int32_t(first + r);
+    if (!sees_all)
+      for (int i = 0; i < LINES; i++) own[i] = limits[i] < row ? LOWEST : own[i];
+    for (int i = 0; i < LINES; i++) largest[i] = largest[i] < own[i] ? own[i] : largest[i];
+  }
+  for (int i = 0; i < LINES; i++) {
+    shrink[i] = exp_of(most[i] - largest[i]);
+    totals[i] *= shrink[i];
+    most[i] = largest[i];
+  }
+  if (count % Form::COLUMNS) std::fill_n(scores + count * LINES, LINES, LOWEST);
+  for (int64_t r = 0; r < count; r += Form::COLUMNS) {
+    float *own = scores + r * LINES, *words = powers + r / Form::COLUMNS * LINES;
+    for (int i = 0; i < LINES; i++) {
+      const float power = exp_of(own[i] - largest[i]);
+      if constexpr (Form::COLUMNS == 1) {
+        words[i] = power;
+        totals[i] += power;
+      } else {
+        const float next = exp_of(own[LINES + i] - largest[i]);
+        words[i] = pair_of(power, next);
+        totals[i] += power + next;
+      }
+    }
+  }
+}
+
+template <class Form, int VECTORS>
+void attend_panel(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int64_t panel,
+                  const Scratch<Form, VECTORS>& scratch) {
+  constexpr int64_t LINES = Job<Form, VECTORS>::LINES, STEPS = Job<Form, VECTORS>::CHUNK_STEPS;
+  constexpr int ROWS = TILE_ROWS<VECTORS>;
+  const int64_t steps = job.steps(), dim = job.dim();
+  const int64_t begin = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
+  const char* lying = static_cast<const char*>(job.cache.keys) + begin * steps * 4;
+  const float* keys =
+      job.converts_keys() ? scratch.keys : reinterpret_cast<const float*>(lying);
+  turn_queries(job, row, head, panel, scratch.queries);
+
+  int32_t limits[LINES];
+  int64_t least = job.cache.num_rows, last = 0;
+  float most[LINES], totals[LINES] = {}, shrink[LINES];
+  for (int64_t i = 0; i < LINES; i++) {
+    const int64_t limit = job.limit(row, panel * LINES + i);
+    limits[i] = int32_t(limit);
+    least = std::min(least, limit);
+    last = std::max(last, limit);
+    most[i] = LOWEST;
+  }
+  for (int64_t first = 0; first <= last; first += CHUNK) {
+    const int64_t count = std::min(CHUNK, last + 1 - first);
+    const float* rows[ROWS];
+    for (int64_t r = 0; r < count; r += ROWS) {
+      for (int i = 0; i < ROWS; i++) rows[i] = keys + (first + std::min(r + i, count - 1)) * steps;
+      multiply_tile<Form, VECTORS>(scratch.queries, steps, rows, scratch.scores + r * LINES, LINES,
+                                   true, Ahead::none(steps));
+    }
+    raise<Form, int(LINES)>(scratch.scores, first, count, job.scale, limits,
+                            first + count - 1 <= least, most, shrink, totals, scratch.powers);
+    if (first > 0)
+      for (int64_t c = 0; c < dim; c++)
+        for (int64_t i = 0; i < LINES; i++) scratch.sums[c * LINES + i] *= shrink[i];
+    const float* values = scratch.values + first / CHUNK * job.padded() * STEPS;
+    const int64_t count_steps = divide_up(count, Form::COLUMNS);
+    for (int64_t c = 0; c < dim; c += ROWS) {
+      for (int i = 0; i < ROWS; i++) rows[i] = values + std::min(c + i, dim - 1) * STEPS;
+      multiply_tile<Form, VECTORS>(scratch.powers, count_steps, rows, scratch.sums + c * LINES,
+                                   LINES, first == 0, Ahead::none(count_steps));
+    }
+  }
+  for (int64_t lane = 0; lane < LINES; lane += LANES)
+    for (int64_t c = 0; c < dim; c += LANES) {
+      float turned[LANES][LANES];
+      transpose(scratch.sums + c * LINES + lane, LINES, turned[0], LANES);
+      for (int64_t i = 0; i < LANES && panel * LINES + lane + i < job.num_queries(); i++) {
+        for (float& sum : turned[i]) sum /= totals[lane + i];
+        const int64_t query = panel * LINES + lane + i, tokens = job.queries.num_tokens;
+        const int64_t token = row * tokens + query % tokens;
+        const int64_t of = token * job.queries.num_heads + head * job.group() + query / tokens;
+        from_floats(turned[i], job.type, of * dim + c, std::min(LANES, dim - c), job.out);
+      }
+    }
+}
+
+template <class Form, int VECTORS>
+bool attend(const Job<Form, VECTORS>& job, int64_t num_threads) {
+  const int64_t num_pairs = job.queries.num_rows * job.cache.num_heads;
+  // Panels of one pair are shared between threads only if there are few pairs.
+  const int64_t parts = std::min(divide_up(3 * num_threads, num_pairs), job.num_panels());
+  int64_t live = 0;
+  for (int64_t row = 0; row < job.queries.num_rows; row++) live = std::max(live, job.live(row));
+  const int64_t each = Scratch<Form, VECTORS>::num_floats(job, live);
+  float* floats = static_cast<float*>(std::aligned_alloc(64, size_t(num_threads * each) * 4));
+  if (!floats) return false;
+#pragma omp parallel for schedule(dynamic) num_threads(int(num_threads))
+  for (int64_t task = 0; task < num_pairs * parts; task++) {
+    const Scratch<Form, VECTORS> scratch(job, live, floats + thread_index() * each);
+    const int64_t pair = task / parts, part = task % parts;
+    const int64_t row = pair / job.cache.num_heads, head = pair % job.cache.num_heads;
+    const int64_t begin = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
+    const int64_t own = job.live(row);
+    if (job.converts_keys())
+      for (int64_t i = 0; i < own; i++) {
+        float* words = scratch.keys + i * job.steps();
+        words[job.steps() - 1] = 0;
+        convert(job, job.cache.keys, job.cache.key_scales, begin + i, 0, job.dim(), words);
+      }
+    for (int64_t i = 0; i < own; i += CHUNK)
+      turn_values(job, begin + i, std::min(CHUNK, own - i),
+                  scratch.values + i / CHUNK * job.padded() * Job<Form, VECTORS>::CHUNK_STEPS);
+    for (int64_t panel = job.num_panels() * part / parts;
+         panel < job.num_panels() * (part + 1) / parts; panel++)
+      attend_panel(job, row, head, panel, scratch);
+  }
+  std::free(floats);
+  return true;
+}
+
+template <class Form, int VECTORS = MAX_VECTORS, class... Rest>
+bool attend_with(int64_t vectors, int64_t num_threads, const Rest&... rest) {
+  if constexpr (VECTORS > 1)
+    if (vectors < VECTORS) return attend_with<Form, VECTORS - 1>(vectors, num_threads, rest...);
+  return attend(Job<Form, VECTORS>{rest...}, num_threads);
+}
+
+}  // namespace
+
+extern "C" int attend_many(const Queries* queries, const Cache* cache, const int64_t* positions,
+                           const int64_t* slots, double scale, int64_t type, void* out,
+                           int64_t num_threads) {
+  const int64_t all = queries->num_heads / cache->num_heads * queries->num_tokens;
+  const int64_t vectors = divide_up(all, LANES);
+  const auto call = [&](auto form) {
+    return attend_with<decltype(form)>(vectors, num_threads, *queries, *cache, positions, slots,
+                                       float(scale), type, out);
+  };
+#ifdef LLAMAC_BRAINS
+  if (type == BFLOAT16) return call(BrainForm());
+#endif
+  return call(FloatForm());
+}
