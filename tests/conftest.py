@@ -41,13 +41,24 @@ def expected_texts(stories260k: Path) -> list[dict]:
     return json.loads((stories260k / "expected.json").read_text())
 
 
+def lend_kernels(kernels: Path, cache: Path) -> None:
+    """Makes the folder of libraries in C++ that of another cache, too."""
+    kernels.mkdir(exist_ok=True)
+    cache.mkdir(parents=True)
+    (cache / "kernels").symlink_to(kernels)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps compiled code and engines of the tests out of the user's cache.
 
-    One folder for all runs would be faster, and would hide what a first run does.
+    One folder for all runs would be faster, and would hide what a first run does. The processes of
+    a run share the libraries in C++, which each would compile for itself.
     """
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        lend_kernels(tmp_path_factory.getbasetemp().parent / "kernels", cache / "llamac")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
     yield
     del os.environ["XDG_CACHE_HOME"]
 

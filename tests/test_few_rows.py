@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 
 import pytest
@@ -12,18 +11,17 @@ from torch import Tensor
 from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
-from llamac.model.kernels.cpp_library import load_library
 from llamac.model.kernels.few_rows import attend_in_cpp, load_operators, multiply_few
 from llamac.model.kernels.many_rows import multiply_dense_in_cpp, multiply_many
+from llamac.model.kernels.packed_product import cpp_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALLOWED_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
 
-@functools.cache
 def library_of(form: str) -> ctypes.CDLL:
-    library = load_library(few_rows._SOURCES[1:], *options_of(form))
+    library = cpp_library(*options_of(form))
     assert library is not None
     return library
 

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import lend_kernels
 
 from llamac.model import TorchBackend
 from llamac.model.compiled.inductor import compiler_problem
+from llamac.model.kernels.few_rows import load_operators
 from llamac.runtime.backend import BackendUnavailableError
+from llamac.runtime.cache_folder import cache_folder
 from variants import our_model
 
 
@@ -59,6 +62,8 @@ except BackendUnavailableError as error:
 
 def failing_start(tmp_path: Path, **env: str) -> str:
     """What a start in a process of its own prints: it would remember a compiler that failed."""
+    assert load_operators() is not None
+    lend_kernels(cache_folder("kernels"), tmp_path / ".cache" / "llamac")
     done = subprocess.run(
         [sys.executable, "-c", _START],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | env,

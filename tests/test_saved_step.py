@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import lend_kernels
 from torch import Tensor, nn
 
 from llamac.model import KVCache, LlamaConfig
@@ -20,6 +21,7 @@ from llamac.model.compiled.saved_step import SavedStep
 from llamac.model.compiled.step_key import step_key
 from llamac.model.linear import Linear
 from llamac.model.llama import Llama
+from llamac.runtime.cache_folder import cache_folder
 
 _START = """
 import json, sys, torch
@@ -88,6 +90,7 @@ frozen_step.cut_down = cut_down
 
 @pytest.mark.slow
 def test_code_that_is_not_known_or_not_right_is_loaded_by_torch(tmp_path: Path):
+    lend_kernels(cache_folder("kernels"), tmp_path / ".cache" / "llamac")
     first = start(tmp_path, _TORCH_OF_ANOTHER_DAY)
     assert first[:2] == [False, True]
     assert start(tmp_path) == [True, True, first[2]]

@@ -17,6 +17,7 @@ from .cpp_library import load_library
 
 __all__ = [
     "MAX_ROWS",
+    "SOURCES",
     "attend_in_cpp",
     "layers_few",
     "load_operators",
@@ -27,10 +28,10 @@ __all__ = [
 MAX_ROWS = 16  # of x, or tokens of a row
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(
+# Without torch's operators, whose file is the first that load_operators compiles.
+SOURCES = tuple(
     _FOLDER / name
     for name in (
-        "operators.cpp",
         "packed_product.cpp",
         "many_rows.cpp",
         "unpack.cpp",
@@ -163,7 +164,7 @@ def load_operators() -> ctypes.CDLL | None:
     """
     folder = Path(torch.__file__).parent
     return load_library(
-        _SOURCES,
+        (_FOLDER / "operators.cpp", *SOURCES),
         "-march=native",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{folder / path}" for path in ("include", "include/torch/csrc/api/include")),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,11 @@ from torch import Tensor
 
 from ..linear import STORAGE_DTYPES
 from .cpp_library import load_library
-from .few_rows import MAX_ROWS, load_operators
+from .few_rows import MAX_ROWS, SOURCES, load_operators
 from .many_rows import CPP_TYPES, DTYPES_IN_CPP, call_product, multiply_many
 
 __all__ = ["cpp_library", "dequantize", "multiply_in_cpp", "multiply_packed"]
 
-_SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("packed_product.cpp", "many_rows.cpp", "unpack.cpp")
-)
 _GROUPS = (16, 32, 64, 128)
 _BLOCK_BYTES = 4 << 20  # of a weight at a time, so that they stay within a CPU's cache
 _GPU_BLOCK_ELEMENTS = 1 << 24  # enough to keep a GPU busy
@@ -92,12 +88,12 @@ def dequantize(
 
 @functools.cache
 def cpp_library(*options: str) -> ctypes.CDLL | None:
-    """What is compiled of the C++ beside this file; None where it can't be.
+    """The functions of products.h; None where they can't be compiled.
 
     Args:
         options: Of the compiler, for the processor; none is what this processor has.
     """
-    library = load_library(_SOURCES, *options) if options else load_operators()
+    library = load_library(SOURCES, *options) if options else load_operators()
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.unpack.argtypes = pointer, number, number, number
