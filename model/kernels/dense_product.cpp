@@ -122,15 +122,19 @@ void multiply_tile(const Job& job, int64_t first_x, int64_t row, int64_t step) {
           sum(sums[r][m]));
 }
 
-// The weight's rows begin to end; those of a tile stay in the cache for all rows of x.
+// Rows of a weight that are multiplied at once.
+template <int M>
+constexpr int ROWS_OF = std::min(4, REGISTERS / M);
+
+// The rows first to last of a weight, and those `step` behind each if it is above 0; those of a tile
+// stay in the cache for all rows of x.
 template <class Row, int M>
-void multiply_rows(const Job& job, int64_t begin, int64_t end) {
-  constexpr int ROWS = std::min(4, REGISTERS / M);
-  const int64_t step = (end - begin) / ROWS, num_x = job.x.num_rows;
-  for (int64_t row = begin; row < begin + step; row++)
-    for (int64_t x = 0; x < num_x; x += M) multiply_tile<Row, ROWS, M>(job, x, row, step);
-  for (int64_t row = begin + step * ROWS; row < end; row++)
-    for (int64_t x = 0; x < num_x; x += M) multiply_tile<Row, 1, M>(job, x, row, 0);
+void multiply_rows(const Job& job, int64_t first, int64_t last, int64_t step) {
+  for (int64_t row = first; row < last; row++)
+    for (int64_t x = 0; x < job.x.num_rows; x += M) {
+      if (step > 0) multiply_tile<Row, ROWS_OF<M>, M>(job, x, row, step);
+      else multiply_tile<Row, 1, M>(job, x, row, 0);
+    }
 }
 
 // One block of one row of x.
@@ -152,14 +156,14 @@ bool multiply(const X& x, const DenseWeight* weights, int64_t num_weights, int64
   const size_t bytes = size_t(num_places * Row::VECTORS * LANES) * 4;
   float* vectors = static_cast<float*>(std::aligned_alloc(64, bytes));
   if (!vectors) return false;
-  RowPieces pieces(weights, num_weights, x.width, num_threads,
+  RowPieces pieces(weights, num_weights, x.width, num_threads, ROWS_OF<M>, 1,
                    [&](const DenseWeight&) { return x.type == FLOAT32 ? 32 : 16; });
 #pragma omp parallel num_threads(int(num_threads))
   {
 #pragma omp for
     for (int64_t place = 0; place < num_places; place++) arrange<Row, M>(x, vectors, place);
-    pieces.run([&](int64_t i, int64_t first, int64_t last) {
-      multiply_rows<Row, M>({x, weights[i], vectors}, first, last);
+    pieces.run([&](int64_t i, int64_t first, int64_t last, int64_t step) {
+      multiply_rows<Row, M>({x, weights[i], vectors}, first, last, step);
     });
   }
   std::free(vectors);

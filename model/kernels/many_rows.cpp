@@ -125,13 +125,13 @@ bool multiply(const X& x, const PackedWeight* weights, int64_t num_weights, int6
   float* scratch = static_cast<float*>(std::aligned_alloc(64, size_t(num_threads * each) * 4));
   const bool has_memory = panels.words && scratch;
   if (has_memory) {
-    RowPieces pieces(weights, num_weights, x.width, num_threads,
-                     [](const PackedWeight& weight) { return weight.bits; }, STRIP);
+    RowPieces pieces(weights, num_weights, x.width, num_threads, 1, STRIP,
+                     [](const PackedWeight& weight) { return weight.bits; });
 #pragma omp parallel num_threads(int(num_threads))
     {
       panels.fill();
       float* own = scratch + thread_index() * each;
-      pieces.run([&](int64_t i, int64_t first, int64_t last) {
+      pieces.run([&](int64_t i, int64_t first, int64_t last, int64_t) {
         for (int64_t row = first; row < last; row += STRIP)
           multiply_strip(panels, weights[i], row, std::min(row + STRIP, last), steps_at_once, own);
       });

@@ -288,16 +288,17 @@ void end(const Job<Form, SCALES>& job, const Rows& rows) {
           sum(load(job.scratch.sums + (row * job.x.num_rows + m) * LANES)));
 }
 
-// The rows first to last of a weight with one row of x.
+// The rows first to last of a weight, and those `step` behind each if it is above 0, with one row of
+// x.
 template <int COUNT, class Form, int SCALES>
-void multiply_one(const Job<Form, SCALES>& job, int64_t first, int64_t last) {
-  const int64_t length = (last - first) / COUNT;
-  for (int64_t row = 0; row < length; row++) {
-    const Rows rows{first + row, COUNT, length};
+void multiply_one(const Job<Form, SCALES>& job, int64_t first, int64_t last, int64_t step) {
+  if constexpr (COUNT > 1)
+    if (step == 0) return multiply_one<1>(job, first, last, 0);
+  for (int64_t row = first; row < last; row++) {
+    const Rows rows{row, COUNT, step};
     begin(job, rows);
     multiply_blocks<COUNT, 1, true>(job, rows, 0, 0, 0, Arranged<Form>::num_blocks(job.x));
   }
-  if constexpr (COUNT > 1) multiply_one<1>(job, first + length * COUNT, last);
 }
 
 // The same with all rows of x from first_x on, as many at once as there are registers for.
@@ -391,12 +392,12 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
         fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                                       scratch + sums + i * sums_each);
     });
-  RowPieces pieces(weights, num_weights, width, num_threads,
+  RowPieces pieces(weights, num_weights, width, num_threads, num_x > 1 ? 1 : RUNS, STRIP,
                    [](const PackedWeight& weight) { return weight.bits; });
 #pragma omp parallel num_threads(int(num_threads))
   {
     const int64_t thread = thread_index();
-    pieces.run([&](int64_t i, int64_t first, int64_t last) {
+    pieces.run([&](int64_t i, int64_t first, int64_t last, int64_t step) {
       with_scales(x, weights[i], [&](auto form, auto scales) {
         using Form = decltype(form);
         constexpr int SCALES = decltype(scales)::value;
@@ -420,7 +421,7 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
             has_zero_point ? Arranged<Form>::FLOATS : 0};
         if constexpr (Form::TAKES_SEVERAL)
           if (num_x > 1) return multiply_several(job, first, last);
-        if constexpr (Form::TAKES_ONE) multiply_one<RUNS>(job, first, last);
+        if constexpr (Form::TAKES_ONE) multiply_one<RUNS>(job, first, last, step);
       });
     });
   }
