@@ -54,13 +54,17 @@ struct Panels {
   }
 };
 
+// Rows a multiple of this apart meet in the same few lines of the first cache.
+constexpr int64_t ALIAS_BYTES = 2048, MAX_ALIASES = 8;
+
 // A row's columns `first` to `last` as words: where they lie, or converted into the scratch.
-template <class Form>
+template <class Form, int ROWS>
 const float* words_of(const PackedWeight& weight, const X& x, int64_t row, int64_t first,
                       int64_t last, float* scratch) {
   const int64_t place = row * x.width + first, count = last - first;
   if (weight.bits > 8) {
-    if (x.type == Form::TYPE && x.width % Form::COLUMNS == 0)
+    const bool aliases = ROWS > MAX_ALIASES && x.width * weight.bits / 8 % ALIAS_BYTES == 0;
+    if (x.type == Form::TYPE && x.width % Form::COLUMNS == 0 && !aliases)
       return reinterpret_cast<const float*>(weight.packed + place * weight.bits / 8);
     to_type<Form::TYPE>(weight.packed, x.type, place, count, scratch);
   } else if (weight.bits == 8) {
@@ -90,8 +94,8 @@ void multiply_strip(const Panels<Form, VECTORS>& panels, const PackedWeight& wei
     for (int64_t row = first; row < last; row += ROWS) {
       const float* rows[ROWS];
       for (int r = 0; r < ROWS; r++)
-        rows[r] = row + r < last ? words_of<Form>(weight, x, row + r, column, end,
-                                                  converted + r * steps_at_once)
+        rows[r] = row + r < last ? words_of<Form, ROWS>(weight, x, row + r, column, end,
+                                                        converted + r * (steps_at_once + 16))
                                  : rows[r - 1];
       const uint8_t* next = weight.packed + (row + ROWS) * row_bytes + column * weight.bits / 8;
       for (int64_t panel = 0; panel < panels.num_panels; panel++) {
@@ -121,7 +125,7 @@ bool multiply(const X& x, const PackedWeight* weights, int64_t num_weights, int6
   const int64_t fitting = X_BYTES / (panels.num_panels * LINES * 4) / UNIT * UNIT;
   const int64_t steps_at_once = std::min(std::max(fitting, UNIT), panels.num_steps);
   const int64_t each = STRIP * panels.num_panels * LINES +
-                       divide_up(TILE_ROWS<VECTORS> * steps_at_once, 16) * 16;
+                       TILE_ROWS<VECTORS> * (divide_up(steps_at_once, 16) * 16 + 16);
   float* scratch = static_cast<float*>(std::aligned_alloc(64, size_t(num_threads * each) * 4));
   const bool has_memory = panels.words && scratch;
   if (has_memory) {

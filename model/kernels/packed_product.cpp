@@ -362,6 +362,12 @@ void with_scales(const X& x, const PackedWeight& weight, Function function) {
 
 extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, int64_t width,
                                const PackedWeight* weights, int64_t num_weights, int64_t num_threads) {
+#ifdef LLAMAC_BRAINS
+  // Of 8 bits the numbers as bfloat16 are multiplied faster from so many rows on; measured.
+  const auto is_byte = [](const PackedWeight& weight) { return weight.bits == 8; };
+  if (type == BFLOAT16 && num_x >= 12 && std::all_of(weights, weights + num_weights, is_byte))
+    return multiply_many(values, type, num_x, width, weights, num_weights, num_threads);
+#endif
   const X x{values, type, num_x, width};
   // Scratch: x arranged for 4 bits and for 8; for each weight x's group sums; the threads' own.
   int64_t arranged[2], size = 0;
