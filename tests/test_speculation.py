@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from llamac.export import export_bundle
 from llamac.export.verify import verify_bundle
 from llamac.model import TorchBackend
 from llamac.model.checkpoint import open_checkpoint
+from llamac.perf.speculation import compare, make_prompts
 from llamac.runtime.bundle.manifest import Manifest
-from llamac.runtime.load import open_source
+from llamac.runtime.load import load, open_source
 from llamac.runtime.ort.ort_backend import OrtBackend
 from llamac.runtime.request import Completion, Request
 from llamac.runtime.sampling import SamplingParams
@@ -253,3 +255,17 @@ def test_a_bundle_on_the_command_line(run, tmp_path: Path):
     code, _, said = run(*words, "--speculate", "lookup:5")
     assert code == 2
     assert "exported with lookup:3" in said
+
+
+def test_the_benchmark_finds_the_same_tokens_and_guesses():
+    sizes = {"backend": "eager", "max_seq_len": 256, "prefill_len": 128}
+    models = [load(**sizes), load(**sizes, speculate="lookup")]
+    ids = models[0].tokenizer.encode("Once upon a time there was a little dog. " * 20, bos=False)
+    prompts = make_prompts(ids, [1])
+    assert [*map(len, prompts.values())] == [50, 50]
+    first = prompts["copying"][0]
+    assert first == [1, *ids[:40], *ids[:40], *ids[:8]]
+    said = compare(models, prompts["copying"][:2], temperature=0.0)
+    guessed = re.search(r"(\d+) of (\d+) guesses right", said)
+    assert guessed is not None
+    assert 0 < int(guessed[1]) <= int(guessed[2])
