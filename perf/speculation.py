@@ -1,4 +1,4 @@
-"""Prompt lookup against one token a step: the same tokens, and how much faster.
+"""Prompt lookup against one token a step: whether tokens are the same, and how much faster.
 
 `python -m llamac.perf.speculation SOURCE TEXT_FILE [DTYPE]`; a bundle must be exported with
 `--speculate lookup`. Half of the prompts are pieces of the text to go on with, half a shorter piece
@@ -55,23 +55,21 @@ def compare(models: Sequence[LanguageModel], prompts: Sequence[list[int]], **opt
 
     Returns:
         What came of it.
-
-    Raises:
-        AssertionError: They chose different tokens.
     """
-    ratios, guessed, right = [], 0, 0
+    ratios, same, guessed, right = [], 0, 0, 0
     for i, prompt in enumerate(prompts):
         done: dict[int, Completion] = {}
         for which in (i % 2, 1 - i % 2):
             (done[which],) = models[which].generate(prompt, max_new_tokens=_NEW_TOKENS, **options)
         plain, quick = done[0], done[1]
-        assert plain.ids == quick.ids, f"prompt {i} has other tokens"
+        same += plain.ids == quick.ids
         if plain.num_steps:
             ratios.append(plain.decode_s / quick.decode_s)
         guessed, right = guessed + quick.num_guessed, right + quick.num_right
+    speed = f"{statistics.median(ratios):.2f} x as fast (median; least {min(ratios):.2f})"
     return (
-        f"{len(prompts)} prompts, the same tokens; {statistics.median(ratios):.2f} x as fast "
-        f"(median; least {min(ratios):.2f}), {right} of {guessed} guesses right"
+        f"{same} of {len(prompts)} prompts with the same tokens; {speed}, {right} of {guessed} "
+        "guesses right"
     )
 
 

@@ -266,6 +266,7 @@ def test_the_benchmark_finds_the_same_tokens_and_guesses():
     first = prompts["copying"][0]
     assert first == [1, *ids[:40], *ids[:40], *ids[:8]]
     said = compare(models, prompts["copying"][:2], temperature=0.0)
+    assert said.startswith("2 of 2 prompts with the same tokens; ")
     guessed = re.search(r"(\d+) of (\d+) guesses right", said)
     assert guessed is not None
     assert 0 < int(guessed[1]) <= int(guessed[2])
