@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <vector>
 
 #include "products.h"
 #include "threads.h"
@@ -57,31 +58,38 @@ struct Job {
   }
 };
 
-// A thread's memory.
+// What a panel has come to.
+template <class Form, int VECTORS>
+struct Panel {
+  static constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
+
+  float *queries, *sums;  // [step, lane], [column, lane]
+  float most[LINES], totals[LINES];
+  int32_t limits[LINES];  // the last row that a lane sees
+  int64_t least, last;    // of them
+
+  static int64_t num_floats(const Job<Form, VECTORS>& job) {
+    return (job.steps() + job.padded() + SPARE) * LINES;
+  }
+};
+
+// A thread's memory: a chunk's keys, where they are converted, and values, and what one panel needs.
 template <class Form, int VECTORS>
 struct Scratch {
-  float *keys, *values, *queries, *scores, *powers, *sums;
+  static constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
 
-  static int64_t num_floats(const Job<Form, VECTORS>& job, int64_t live) {
-    return Scratch(job, live, nullptr).size;
-  }
-  Scratch(const Job<Form, VECTORS>& job, int64_t live, float* floats) {
-    constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
-    const int64_t chunks = divide_up(live, CHUNK);
-    const auto take = [&](int64_t count) {
-      size += divide_up(count, 16) * 16;
-      return floats ? floats + size - divide_up(count, 16) * 16 : nullptr;
-    };
-    keys = take(job.converts_keys() ? live * job.steps() : 0);
-    values = take(chunks * job.padded() * Job<Form, VECTORS>::CHUNK_STEPS);
-    queries = take(job.steps() * LINES);
-    scores = take((CHUNK + SPARE) * LINES);
-    powers = take(CHUNK * LINES);
-    sums = take((job.padded() + SPARE) * LINES);
-  }
+  float *keys, *values, *scores, *powers, *panels;
 
- private:
-  int64_t size = 0;
+  static int64_t num_shared(const Job<Form, VECTORS>& job) {
+    return CHUNK * divide_up(job.steps(), LANES) * LANES +
+           job.padded() * Job<Form, VECTORS>::CHUNK_STEPS + (2 * CHUNK + SPARE) * LINES;
+  }
+  Scratch(const Job<Form, VECTORS>& job, float* floats)
+      : keys(floats),
+        values(keys + CHUNK * divide_up(job.steps(), LANES) * LANES),
+        scores(values + job.padded() * Job<Form, VECTORS>::CHUNK_STEPS),
+        powers(scores + (CHUNK + SPARE) * LINES),
+        panels(powers + CHUNK * LINES) {}
 };
 
 // Columns of a row of keys or values in the form's type.
@@ -182,55 +190,63 @@ void raise(float* scores, int64_t first, int64_t count, float scale, const int32
 }
 
 template <class Form, int VECTORS>
-void attend_panel(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int64_t panel,
-                  const Scratch<Form, VECTORS>& scratch) {
+Panel<Form, VECTORS> begin_panel(const Job<Form, VECTORS>& job, int64_t row, int64_t head,
+                                 int64_t index, float* floats) {
+  constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
+  Panel<Form, VECTORS> panel{floats, floats + job.steps() * LINES, {}, {}, {}, job.cache.num_rows, 0};
+  turn_queries(job, row, head, index, panel.queries);
+  for (int64_t i = 0; i < LINES; i++) {
+    const int64_t limit = job.limit(row, index * LINES + i);
+    panel.limits[i] = int32_t(limit);
+    panel.least = std::min(panel.least, limit);
+    panel.last = std::max(panel.last, limit);
+    panel.most[i] = LOWEST;
+  }
+  return panel;
+}
+
+// The rows of a chunk, `first` on, of which there are `count`.
+template <class Form, int VECTORS>
+void add_chunk(const Job<Form, VECTORS>& job, Panel<Form, VECTORS>& panel, int64_t first,
+               int64_t count, const float* keys, const Scratch<Form, VECTORS>& scratch) {
   constexpr int64_t LINES = Job<Form, VECTORS>::LINES, STEPS = Job<Form, VECTORS>::CHUNK_STEPS;
   constexpr int ROWS = TILE_ROWS<VECTORS>;
   const int64_t steps = job.steps(), dim = job.dim();
-  const int64_t begin = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
-  const char* lying = static_cast<const char*>(job.cache.keys) + begin * steps * 4;
-  const float* keys =
-      job.converts_keys() ? scratch.keys : reinterpret_cast<const float*>(lying);
-  turn_queries(job, row, head, panel, scratch.queries);
+  count = std::min(count, panel.last + 1 - first);
+  const float* rows[ROWS];
+  for (int64_t r = 0; r < count; r += ROWS) {
+    for (int i = 0; i < ROWS; i++) rows[i] = keys + std::min(r + i, count - 1) * steps;
+    multiply_tile<Form, VECTORS>(panel.queries, steps, rows, scratch.scores + r * LINES, LINES, true,
+                                 Ahead::none(steps));
+  }
+  float shrink[LINES];
+  raise<Form, int(LINES)>(scratch.scores, first, count, job.scale, panel.limits,
+                          first + count - 1 <= panel.least, panel.most, shrink, panel.totals,
+                          scratch.powers);
+  if (first > 0)
+    for (int64_t c = 0; c < dim; c++)
+      for (int64_t i = 0; i < LINES; i++) panel.sums[c * LINES + i] *= shrink[i];
+  const int64_t count_steps = divide_up(count, Form::COLUMNS);
+  for (int64_t c = 0; c < dim; c += ROWS) {
+    for (int i = 0; i < ROWS; i++) rows[i] = scratch.values + std::min(c + i, dim - 1) * STEPS;
+    multiply_tile<Form, VECTORS>(scratch.powers, count_steps, rows, panel.sums + c * LINES, LINES,
+                                 first == 0, Ahead::none(count_steps));
+  }
+}
 
-  int32_t limits[LINES];
-  int64_t least = job.cache.num_rows, last = 0;
-  float most[LINES], totals[LINES] = {}, shrink[LINES];
-  for (int64_t i = 0; i < LINES; i++) {
-    const int64_t limit = job.limit(row, panel * LINES + i);
-    limits[i] = int32_t(limit);
-    least = std::min(least, limit);
-    last = std::max(last, limit);
-    most[i] = LOWEST;
-  }
-  for (int64_t first = 0; first <= last; first += CHUNK) {
-    const int64_t count = std::min(CHUNK, last + 1 - first);
-    const float* rows[ROWS];
-    for (int64_t r = 0; r < count; r += ROWS) {
-      for (int i = 0; i < ROWS; i++) rows[i] = keys + (first + std::min(r + i, count - 1)) * steps;
-      multiply_tile<Form, VECTORS>(scratch.queries, steps, rows, scratch.scores + r * LINES, LINES,
-                                   true, Ahead::none(steps));
-    }
-    raise<Form, int(LINES)>(scratch.scores, first, count, job.scale, limits,
-                            first + count - 1 <= least, most, shrink, totals, scratch.powers);
-    if (first > 0)
-      for (int64_t c = 0; c < dim; c++)
-        for (int64_t i = 0; i < LINES; i++) scratch.sums[c * LINES + i] *= shrink[i];
-    const float* values = scratch.values + first / CHUNK * job.padded() * STEPS;
-    const int64_t count_steps = divide_up(count, Form::COLUMNS);
-    for (int64_t c = 0; c < dim; c += ROWS) {
-      for (int i = 0; i < ROWS; i++) rows[i] = values + std::min(c + i, dim - 1) * STEPS;
-      multiply_tile<Form, VECTORS>(scratch.powers, count_steps, rows, scratch.sums + c * LINES,
-                                   LINES, first == 0, Ahead::none(count_steps));
-    }
-  }
+template <class Form, int VECTORS>
+void end_panel(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int64_t index,
+               const Panel<Form, VECTORS>& panel) {
+  constexpr int64_t LINES = Job<Form, VECTORS>::LINES;
+  const int64_t dim = job.dim(), tokens = job.queries.num_tokens;
   for (int64_t lane = 0; lane < LINES; lane += LANES)
     for (int64_t c = 0; c < dim; c += LANES) {
       float turned[LANES][LANES];
-      transpose(scratch.sums + c * LINES + lane, LINES, turned[0], LANES);
-      for (int64_t i = 0; i < LANES && panel * LINES + lane + i < job.num_queries(); i++) {
-        for (float& sum : turned[i]) sum /= totals[lane + i];
-        const int64_t query = panel * LINES + lane + i, tokens = job.queries.num_tokens;
+      transpose(panel.sums + c * LINES + lane, LINES, turned[0], LANES);
+      for (int64_t i = 0; i < LANES; i++) {
+        const int64_t query = index * LINES + lane + i;
+        if (query >= job.num_queries()) break;
+        for (float& sum : turned[i]) sum /= panel.totals[lane + i];
         const int64_t token = row * tokens + query % tokens;
         const int64_t of = token * job.queries.num_heads + head * job.group() + query / tokens;
         from_floats(turned[i], job.type, of * dim + c, std::min(LANES, dim - c), job.out);
@@ -238,35 +254,52 @@ void attend_panel(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int6
     }
 }
 
+// The panels `begin` to `end` of a row and key head.
+template <class Form, int VECTORS>
+void attend_panels(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int64_t begin,
+                   int64_t end, const Scratch<Form, VECTORS>& scratch) {
+  const int64_t steps = job.steps(), live = job.live(row);
+  const int64_t first_row = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
+  std::vector<Panel<Form, VECTORS>> panels;
+  for (int64_t i = begin; i < end; i++) {
+    float* own = scratch.panels + (i - begin) * Panel<Form, VECTORS>::num_floats(job);
+    panels.push_back(begin_panel(job, row, head, i, own));
+  }
+  for (int64_t first = 0; first < live; first += CHUNK) {
+    const int64_t count = std::min(CHUNK, live - first);
+    const float* keys = scratch.keys;
+    if (job.converts_keys()) {
+      for (int64_t i = 0; i < count; i++) {
+        float* words = scratch.keys + i * steps;
+        words[steps - 1] = 0;
+        convert(job, job.cache.keys, job.cache.key_scales, first_row + first + i, 0, job.dim(), words);
+      }
+    } else {
+      keys = static_cast<const float*>(job.cache.keys) + (first_row + first) * steps;
+    }
+    turn_values(job, first_row + first, count, scratch.values);
+    for (Panel<Form, VECTORS>& panel : panels)
+      if (first <= panel.last) add_chunk(job, panel, first, count, keys, scratch);
+  }
+  for (int64_t i = begin; i < end; i++) end_panel(job, row, head, i, panels[size_t(i - begin)]);
+}
+
 template <class Form, int VECTORS>
 bool attend(const Job<Form, VECTORS>& job, int64_t num_threads) {
-  const int64_t num_pairs = job.queries.num_rows * job.cache.num_heads;
+  const int64_t num_pairs = job.queries.num_rows * job.cache.num_heads, all = job.num_panels();
   // Panels of one pair are shared between threads only if there are few pairs.
-  const int64_t parts = std::min(divide_up(3 * num_threads, num_pairs), job.num_panels());
-  int64_t live = 0;
-  for (int64_t row = 0; row < job.queries.num_rows; row++) live = std::max(live, job.live(row));
-  const int64_t each = Scratch<Form, VECTORS>::num_floats(job, live);
-  float* floats = static_cast<float*>(std::aligned_alloc(64, size_t(num_threads * each) * 4));
+  const int64_t parts = std::min(divide_up(3 * num_threads, num_pairs), all);
+  const int64_t each = Scratch<Form, VECTORS>::num_shared(job) +
+                       divide_up(all, parts) * Panel<Form, VECTORS>::num_floats(job);
+  const size_t bytes = size_t(num_threads * each) * 4;
+  float* floats = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   if (!floats) return false;
 #pragma omp parallel for schedule(dynamic) num_threads(int(num_threads))
   for (int64_t task = 0; task < num_pairs * parts; task++) {
-    const Scratch<Form, VECTORS> scratch(job, live, floats + thread_index() * each);
+    const Scratch<Form, VECTORS> scratch(job, floats + thread_index() * each);
     const int64_t pair = task / parts, part = task % parts;
-    const int64_t row = pair / job.cache.num_heads, head = pair % job.cache.num_heads;
-    const int64_t begin = (job.slots[row] * job.cache.num_heads + head) * job.cache.num_rows;
-    const int64_t own = job.live(row);
-    if (job.converts_keys())
-      for (int64_t i = 0; i < own; i++) {
-        float* words = scratch.keys + i * job.steps();
-        words[job.steps() - 1] = 0;
-        convert(job, job.cache.keys, job.cache.key_scales, begin + i, 0, job.dim(), words);
-      }
-    for (int64_t i = 0; i < own; i += CHUNK)
-      turn_values(job, begin + i, std::min(CHUNK, own - i),
-                  scratch.values + i / CHUNK * job.padded() * Job<Form, VECTORS>::CHUNK_STEPS);
-    for (int64_t panel = job.num_panels() * part / parts;
-         panel < job.num_panels() * (part + 1) / parts; panel++)
-      attend_panel(job, row, head, panel, scratch);
+    attend_panels(job, pair / job.cache.num_heads, pair % job.cache.num_heads, all * part / parts,
+                  all * (part + 1) / parts, scratch);
   }
   std::free(floats);
   return true;

@@ -31,7 +31,8 @@ struct Panels {
       : x(of),
         num_panels(divide_up(of.num_rows, LINES)),
         num_steps(divide_up(of.width, Form::COLUMNS)) {
-    words = static_cast<float*>(std::aligned_alloc(64, size_t(num_panels * num_steps * LINES) * 4));
+    const size_t bytes = size_t(num_panels * num_steps * LINES) * 4;
+    words = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   }
   ~Panels() { std::free(words); }
 
