@@ -12,7 +12,7 @@ from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.few_rows import attend_in_cpp, load_operators, multiply_few
-from llamac.model.kernels.many_rows import multiply_dense_in_cpp, multiply_many
+from llamac.model.kernels.many_rows import call_product, multiply_dense_in_cpp, multiply_many
 from llamac.model.kernels.packed_product import cpp_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,11 +33,7 @@ def multiply_by(library: ctypes.CDLL, x: Tensor, weights: list[Tensor]) -> list[
         for weight, out in zip(weights, outs, strict=True)
         for number in (weight.data_ptr(), out.data_ptr(), len(weight))
     ]
-    table = (ctypes.c_int64 * len(fields))(*fields)
-    sizes = (TYPES[x.dtype], len(x), x.shape[1])
-    assert library.multiply_dense(
-        ctypes.c_void_p(x.data_ptr()), *map(ctypes.c_int64, sizes), table, len(weights), 2
-    )
+    call_product(library.multiply_dense, x, fields, len(weights))
     return outs
 
 
