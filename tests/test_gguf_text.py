@@ -255,7 +255,8 @@ def test_sampling_defaults(tmp_path: Path):
     assert open_source(path).sampling_defaults() == {"temperature": 0.6, "top_k": 20}
 
 
-def test_files_are_written_once(tmp_path: Path, run):
+def test_files_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     vocabulary = sentencepiece_vocabulary(DEMO_FOLDER / "tokenizer.model")
     folder = side_folder(tmp_path / "m.gguf", vocabulary)
     assert {path.name for path in folder.iterdir()} == {
