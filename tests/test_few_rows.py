@@ -12,11 +12,15 @@ from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
 from llamac.model.kernels import few_rows
 from llamac.model.kernels.few_rows import attend_in_cpp, load_operators, multiply_few
-from llamac.model.kernels.many_rows import call_product, multiply_dense_in_cpp, multiply_many
+from llamac.model.kernels.many_rows import (
+    CPP_TYPES,
+    call_product,
+    multiply_dense_in_cpp,
+    multiply_many,
+)
 from llamac.model.kernels.packed_product import cpp_library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALLOWED_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
 
@@ -115,7 +119,7 @@ def test_attention(
     addresses = [*(one.data_ptr() for one in stored), *addresses]
     cache = (ctypes.c_int64 * 6)(*addresses, kv_heads, rows)
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (positions, slots))
-    last = (ctypes.c_int64(TYPES[dtype]), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(2))
+    last = (ctypes.c_int64(CPP_TYPES[dtype]), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(2))
     attend = library.attend if tokens <= few_rows.MAX_ROWS else library.attend_many
     assert attend(queries, cache, *pointers, ctypes.c_double(scale), *last)
     error = (out.double() - exact).abs().max() / exact.abs().max()

@@ -10,31 +10,18 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "products.h"
+#include "attention.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 256, BLOCK = 16;  // rows of the cache: of a task, and that are widened at once
-constexpr float LOWEST = -3.0e38f;
 
-struct Job {
-  const Queries& queries;
-  const Cache& cache;
-  const int64_t *positions, *slots;
-  float scale;
-  int64_t type;
-  void* out;
-
-  int64_t padded() const { return divide_up(queries.head_dim, LANES) * LANES; }
-  int64_t group() const { return queries.num_heads / cache.num_heads; }
-  int64_t num_queries() const { return group() * queries.num_tokens; }
+struct Job : Attention {
   // How many rows a query sees; queries are [token, head of the group].
   int64_t seen(int64_t row, int64_t query) const {
     return std::min(positions[row] + query / group() + 1, cache.num_rows);
   }
-  int64_t live(int64_t row) const { return seen(row, num_queries() - 1); }
 
   // Of one task's result: [query] largest score, [query] sum of powers, [query, padded] values.
   int64_t num_partial() const { return num_queries() * (2 + padded()); }
@@ -146,7 +133,7 @@ void merge(const Job& job, int64_t row, int64_t head, int64_t num_chunks, float*
 extern "C" int attend(const Queries* queries, const Cache* cache, const int64_t* positions,
                       const int64_t* slots, double scale, int64_t type, void* out,
                       int64_t num_threads) {
-  const Job job{*queries, *cache, positions, slots, float(scale), type, out};
+  const Job job{{*queries, *cache, positions, slots, float(scale), type, out}};
   const int64_t num_pairs = queries->num_rows * cache->num_heads;
   int64_t chunks = 0;  // of the longest row
   for (int64_t row = 0; row < queries->num_rows; row++)

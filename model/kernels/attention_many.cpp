@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "products.h"
+#include "attention.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t CHUNK = 128;  // rows of the cache
 constexpr int64_t SPARE = 16;   // rows that a tile may write behind the last
-constexpr float LOWEST = -3.0e38f;
 
 // Two numbers as a word of bfloat16, the first one in the lower half.
 inline float pair_of(float first, float second) {
@@ -30,29 +29,18 @@ inline float pair_of(float first, float second) {
 }
 
 template <class Form, int VECTORS>
-struct Job {
+struct Job : Attention {
   static constexpr int64_t LINES = VECTORS * LANES, COLUMNS = Form::COLUMNS;
   static constexpr int64_t CHUNK_STEPS = CHUNK / COLUMNS;
 
-  const Queries& queries;
-  const Cache& cache;
-  const int64_t *positions, *slots;
-  float scale;
-  int64_t type;
-  void* out;
-
   int64_t dim() const { return queries.head_dim; }
   int64_t steps() const { return divide_up(dim(), COLUMNS); }
-  int64_t padded() const { return divide_up(dim(), LANES) * LANES; }
-  int64_t group() const { return queries.num_heads / cache.num_heads; }
-  int64_t num_queries() const { return group() * queries.num_tokens; }
   int64_t num_panels() const { return divide_up(num_queries(), LINES); }
   // The last row that a query sees.
   int64_t limit(int64_t row, int64_t query) const {
     const int64_t token = std::min(query, num_queries() - 1) % queries.num_tokens;
     return std::min(positions[row] + token, cache.num_rows - 1);
   }
-  int64_t live(int64_t row) const { return limit(row, queries.num_tokens - 1) + 1; }
   bool converts_keys() const {
     return cache.key_scales || type != Form::TYPE || dim() % COLUMNS != 0;
   }
@@ -137,7 +125,7 @@ void turn_queries(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int6
   const Queries& given = job.queries;
   for (int64_t first = 0; first < LINES; first += LANES)
     for (int64_t step = 0; step < job.steps(); step += LANES) {
-      float lines[LANES][LANES] = {}, turned[LANES][LANES];
+      float lines[LANES][LANES] = {};
       for (int64_t i = 0; i < LANES; i++) {
         const int64_t query = panel * LINES + first + i;
         if (query >= job.num_queries()) break;
@@ -147,9 +135,7 @@ void turn_queries(const Job<Form, VECTORS>& job, int64_t row, int64_t head, int6
         const int64_t column = step * COLUMNS, count = std::min(LANES * COLUMNS, job.dim() - column);
         to_type<Form::TYPE>(given.values, job.type, place + column, count, lines[i]);
       }
-      transpose(lines[0], LANES, turned[0], LANES);
-      for (int64_t i = 0; i < std::min(LANES, job.steps() - step); i++)
-        std::memcpy(to + (step + i) * LINES + first, turned[i], sizeof turned[i]);
+      turn(lines[0], job.steps() - step, to + step * LINES + first, LINES);
     }
 }
 
@@ -309,7 +295,7 @@ template <class Form, int VECTORS = MAX_VECTORS, class... Rest>
 bool attend_with(int64_t vectors, int64_t num_threads, const Rest&... rest) {
   if constexpr (VECTORS > 1)
     if (vectors < VECTORS) return attend_with<Form, VECTORS - 1>(vectors, num_threads, rest...);
-  return attend(Job<Form, VECTORS>{rest...}, num_threads);
+  return attend(Job<Form, VECTORS>{{rest...}}, num_threads);
 }
 
 }  // namespace

@@ -44,13 +44,11 @@ struct Panels {
       const int64_t vector = place / blocks, step = place % blocks * LANES;
       const int64_t column = step * Form::COLUMNS;
       const int64_t count = std::min(LANES * Form::COLUMNS, x.width - column);
-      float lines[LANES][LANES] = {}, turned[LANES][LANES];
+      float lines[LANES][LANES] = {};
       for (int64_t i = 0; i < LANES && vector * LANES + i < x.num_rows; i++)
         to_type<Form::TYPE>(x.values, x.type, (vector * LANES + i) * x.width + column, count, lines[i]);
-      transpose(lines[0], LANES, turned[0], LANES);
-      float* to = words + (vector / VECTORS * num_steps + step) * LINES + vector % VECTORS * LANES;
-      for (int64_t i = 0; i < std::min(LANES, num_steps - step); i++)
-        std::memcpy(to + i * LINES, turned[i], sizeof turned[i]);
+      turn(lines[0], num_steps - step,
+           words + (vector / VECTORS * num_steps + step) * LINES + vector % VECTORS * LANES, LINES);
     }
   }
 };

@@ -49,6 +49,14 @@ void to_type(const void* from, int64_t type, int64_t first, int64_t count, void*
   else std::memcpy(to, static_cast<const uint16_t*>(from) + first, size_t(count) * 2);
 }
 
+// LANES lines of as many words turned around; of the steps that makes, those that there are.
+inline void turn(const float* lines, int64_t steps, float* to, int64_t stride) {
+  float turned[LANES][LANES];
+  transpose(lines, LANES, turned[0], LANES);
+  for (int64_t i = 0; i < std::min(LANES, steps); i++)
+    std::memcpy(to + i * stride, turned[i], sizeof turned[i]);
+}
+
 // What is fetched while a tile is multiplied: of each row that follows a line after so many steps.
 struct Ahead {
   const uint8_t* bytes;
