@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpp_forms import FORMS, options_of
 from llamac.model.cache import quantize_rows
-from llamac.model.kernels import few_rows
+from llamac.model.kernels import few_rows, many_rows
 from llamac.model.kernels.few_rows import attend_in_cpp, load_operators, multiply_few
 from llamac.model.kernels.many_rows import (
     CPP_TYPES,
@@ -214,8 +214,23 @@ def test_many_rows_whatever_the_number_of_threads_have_the_same_bits():
 @pytest.mark.parametrize("in_cpp", [False, True])
 def test_the_operator_for_many_rows(in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
     dtypes = frozenset({torch.float32} if in_cpp else ())
-    monkeypatch.setattr("llamac.model.kernels.many_rows.DTYPES_IN_CPP", dtypes)
+    monkeypatch.setattr(many_rows, "DTYPES_IN_CPP", dtypes)
     x, weight = torch.randn(40, 96), torch.randn(33, 96)
     (out,) = multiply_many(x, [weight])
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("by_amd", [False, True])
+def test_what_libraries_multiply_faster_is_left_to_them(
+    by_amd: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(many_rows, "is_amd", lambda: by_amd)
+    of_amd = {torch.float32} if by_amd else set()
+    assert many_rows._dtypes_in_cpp(frozenset({"avx2"})) == set()
+    found = many_rows._dtypes_in_cpp(frozenset({"fma", "avx512_bf16"}))
+    assert found == {torch.bfloat16, torch.float16} | of_amd
+    found = many_rows._dtypes_in_cpp(frozenset({"fma", "amx_bf16"}))
+    assert found == {torch.float16} | of_amd
+    found = many_rows._dtypes_in_cpp(frozenset({"fma", "amx_bf16", "avx512_fp16"}))
+    assert found == of_amd

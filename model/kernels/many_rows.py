@@ -26,12 +26,13 @@ def _dtypes_in_cpp(flags: frozenset[str]) -> frozenset[torch.dtype]:
     """An AMD's arithmetic MKL and oneDNN leave partly unused; an Intel's float32 is MKL's.
 
     Args:
-        flags: The processor's. Where its libraries multiply in tiles, no vectors are as fast.
+        flags: The processor's. Where its libraries multiply in tiles, no vectors are as fast, nor
+            are those of float32 as those of float16.
     """
     if "fma" not in flags:
         return frozenset()
-    tiles = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-    dtypes = [dtype for dtype, flag in tiles.items() if flag not in flags]
+    faster = {torch.bfloat16: {"amx_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+    dtypes = [dtype for dtype, theirs in faster.items() if not theirs & flags]
     return frozenset([*dtypes, torch.float32] if is_amd() else dtypes)
 
 
