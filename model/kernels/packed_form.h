@@ -8,7 +8,6 @@ namespace {
 
 template <int BITS>
 struct FloatForm {
-  static constexpr bool TAKES_ONE = true, TAKES_SEVERAL = true;  // rows of x
   static constexpr bool READS_SCALES = false;  // as they lie; else float32 of them
   static constexpr int COLUMNS = 32 / BITS;    // of a lane
   static constexpr int VECTORS = COLUMNS;      // of a block's x
@@ -20,8 +19,8 @@ struct FloatForm {
   // The last field is shifted: masked in place it could be negative.
   static constexpr bool is_shifted(int field) { return field == COLUMNS - 1; }
 
-  // Whether the zero point is taken from the products with that many rows of x, else from their sums.
-  static bool has_zero_point(int64_t) { return false; }
+  // Whether the zero point is taken from the products, else from their sums.
+  static bool has_zero_point() { return false; }
   static Words table(bool) { return Words(); }
 
   static Factors factors(Words words, Words) {
@@ -34,7 +33,6 @@ struct FloatForm {
     return result;
   }
   // Of every lane's fields.
-  template <bool IS_ONE>
   static Floats multiply(const Factors& factors, const float* x, const float*) {
     Floats even = zeros(), odd = zeros();
 #pragma GCC unroll 4
@@ -74,15 +72,15 @@ struct BrainTable {
   }
 };
 
-// For several rows of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
+// For an x of bfloat16 and 4 bits: a table makes both of bfloat16, which is exact.
 struct BrainForm {
-  static constexpr bool TAKES_ONE = false, TAKES_SEVERAL = true, READS_SCALES = true;
+  static constexpr bool READS_SCALES = true;
   static constexpr int COLUMNS = 8, VECTORS = 4, START = 0;
   struct Factors {
     __m512bh fields[VECTORS];
   };
 
-  static bool has_zero_point(int64_t) { return true; }
+  static bool has_zero_point() { return true; }
   static Words table(bool has_zero_point) {
     static constexpr BrainTable UNSIGNED(0), SIGNED(8);
     return load_words((has_zero_point ? SIGNED : UNSIGNED).numbers);
@@ -98,7 +96,6 @@ struct BrainForm {
     }
     return result;
   }
-  template <bool IS_ONE>
   static Floats multiply(const Factors& factors, const float* x, const float*) {
     Floats even = zeros(), odd = zeros();
 #pragma GCC unroll 2
@@ -136,95 +133,69 @@ struct BrainForm {
 #endif
 
 #ifdef LLAMAC_BYTES
-// For an x of bfloat16: the numbers of a lane become integers of 15 bits and a scale, each within
-// 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and lower halves are
-// bytes, which are multiplied as bytes.
-template <int BITS>
+// For an x of bfloat16 and 8 bits: the numbers of a lane become integers of 15 bits and a scale, each
+// within 2^-15 of the largest, which bfloat16's own rounding is far above. Their upper and lower
+// halves are bytes, which are multiplied as bytes.
 struct ByteForm {
-  static constexpr bool TAKES_ONE = true, TAKES_SEVERAL = BITS == 8, READS_SCALES = true;
-  static constexpr int COLUMNS = 32 / BITS, FACTORS = 8 / BITS;
-  // Upper and lower bytes for each factor, the scales, and what the zero point takes away.
-  static constexpr int SCALE = 2 * FACTORS, START = SCALE + 1, VECTORS = START + 1;
+  static constexpr bool READS_SCALES = true;
+  static constexpr int COLUMNS = 4;
+  // Upper and lower bytes, the scales, and what the zero point takes away.
+  static constexpr int SCALE = 2, START = 3, VECTORS = 4;
   static constexpr float LARGEST = 127 * 128 + 63;
-  struct Factors {
-    Words bytes[FACTORS];
-  };
+  using Factors = Words;
 
-  // Of several rows it would be another vector to read for each.
-  static bool has_zero_point(int64_t num_rows) { return num_rows == 1; }
+  static bool has_zero_point() { return true; }
   static Words table(bool) { return Words(); }
 
-  static Factors factors(Words words, Words) {
-    Factors result;
-    for (int i = 0; i < FACTORS; i++) {
-      const Words half = i ? _mm512_srli_epi32(words, 4) : words;
-      result.bytes[i] = BITS == 8 ? words : _mm512_and_si512(half, _mm512_set1_epi8(15));
-    }
-    return result;
-  }
-  template <bool IS_ONE>
-  static Floats multiply(const Factors& factors, const float* x, const float* start) {
-    Words upper = _mm512_setzero_si512();
-    Words lower = IS_ONE ? load_words(start) : upper;
-#pragma GCC unroll 2
-    for (int i = 0; i < FACTORS; i++) {
-      upper = _mm512_dpbusd_epi32(upper, factors.bytes[i], load_words(x + 2 * i * LANES));
-      lower = _mm512_dpbusd_epi32(lower, factors.bytes[i], load_words(x + (2 * i + 1) * LANES));
-    }
+  static Factors factors(Words words, Words) { return words; }
+  static Floats multiply(Factors factors, const float* x, const float* start) {
+    const Words upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), factors, load_words(x));
+    const Words lower = _mm512_dpbusd_epi32(load_words(start), factors, load_words(x + LANES));
     const Words total = _mm512_add_epi32(_mm512_slli_epi32(upper, 7), lower);
     return _mm512_mul_ps(_mm512_cvtepi32_ps(total), load(x + SCALE * LANES));
   }
-  // Of each field all lanes': a transposition, four fields at a time.
+  // Of each field all lanes': a transposition.
   static void split(const float* columns, Floats* fields) {
-    for (int first = 0; first < COLUMNS; first += 4) {
-      alignas(64) uint32_t index[LANES];  // four lanes of each of four fields
-      for (int i = 0; i < LANES; i++) index[i] = uint32_t(i % 4 * COLUMNS + first + i / 4);
-      Floats four[4];
-      for (int i = 0; i < 4; i++) {
-        const float* own = columns + 4 * i * COLUMNS;
-        const Floats next = COLUMNS == 8 ? load(own + LANES) : zeros();
-        four[i] = _mm512_permutex2var_ps(load(own), load_words(index), next);
-      }
-      const Floats low = _mm512_shuffle_f32x4(four[0], four[1], 0x44),
-                   high = _mm512_shuffle_f32x4(four[0], four[1], 0xEE),
-                   next_low = _mm512_shuffle_f32x4(four[2], four[3], 0x44),
-                   next_high = _mm512_shuffle_f32x4(four[2], four[3], 0xEE);
-      fields[first] = _mm512_shuffle_f32x4(low, next_low, 0x88);
-      fields[first + 1] = _mm512_shuffle_f32x4(low, next_low, 0xDD);
-      fields[first + 2] = _mm512_shuffle_f32x4(high, next_high, 0x88);
-      fields[first + 3] = _mm512_shuffle_f32x4(high, next_high, 0xDD);
-    }
+    alignas(64) uint32_t index[LANES];  // four lanes of each of four fields
+    for (int i = 0; i < LANES; i++) index[i] = uint32_t(i % 4 * COLUMNS + i / 4);
+    Floats four[4];
+    for (int i = 0; i < 4; i++)
+      four[i] = _mm512_permutexvar_ps(load_words(index), load(columns + i * LANES));
+    const Floats low = _mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                 high = _mm512_shuffle_f32x4(four[0], four[1], 0xEE),
+                 next_low = _mm512_shuffle_f32x4(four[2], four[3], 0x44),
+                 next_high = _mm512_shuffle_f32x4(four[2], four[3], 0xEE);
+    fields[0] = _mm512_shuffle_f32x4(low, next_low, 0x88);
+    fields[1] = _mm512_shuffle_f32x4(low, next_low, 0xDD);
+    fields[2] = _mm512_shuffle_f32x4(high, next_high, 0x88);
+    fields[3] = _mm512_shuffle_f32x4(high, next_high, 0xDD);
   }
   static void arrange(const float* columns, float* x, float* sums) {
     Floats fields[COLUMNS], most = zeros(), no_number = zeros();
     split(columns, fields);
-#pragma GCC unroll 8
-    for (int field = 0; field < COLUMNS; field++) {
-      most = _mm512_max_ps(_mm512_abs_ps(fields[field]), most);
-      no_number = multiply_add(fields[field], zeros(), no_number);
+    for (const Floats field : fields) {
+      most = _mm512_max_ps(_mm512_abs_ps(field), most);
+      no_number = multiply_add(field, zeros(), no_number);
     }
     const Floats scale = multiply_add(most, spread(1 / LARGEST), no_number);
     const __mmask16 has_any = _mm512_cmp_ps_mask(scale, zeros(), _CMP_NEQ_UQ);
     const Floats inverse = _mm512_maskz_div_ps(has_any, spread(1), scale);
-    Words upper[FACTORS] = {}, lower[FACTORS] = {}, total = _mm512_setzero_si512();
-#pragma GCC unroll 8
+    Words upper = _mm512_setzero_si512(), lower = upper, total = upper;
+#pragma GCC unroll 4
     for (int field = 0; field < COLUMNS; field++) {
       const Words number = _mm512_cvtps_epi32(_mm512_mul_ps(fields[field], inverse));
       const Words high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(64)), 7);
       const Words low = _mm512_sub_epi32(number, _mm512_slli_epi32(high, 7));
-      const int byte = field / FACTORS, factor = field % FACTORS;
-      const __mmask64 own = 0x1111111111111111u << byte;
-      const unsigned shift = unsigned(8 * byte);
-      upper[factor] = _mm512_mask_blend_epi8(own, upper[factor], _mm512_slli_epi32(high, shift));
-      lower[factor] = _mm512_mask_blend_epi8(own, lower[factor], _mm512_slli_epi32(low, shift));
+      const __mmask64 own = 0x1111111111111111u << field;
+      const unsigned shift = unsigned(8 * field);
+      upper = _mm512_mask_blend_epi8(own, upper, _mm512_slli_epi32(high, shift));
+      lower = _mm512_mask_blend_epi8(own, lower, _mm512_slli_epi32(low, shift));
       total = _mm512_add_epi32(total, number);
     }
-    for (int i = 0; i < FACTORS; i++) {
-      _mm512_storeu_si512(x + 2 * i * LANES, upper[i]);
-      _mm512_storeu_si512(x + (2 * i + 1) * LANES, lower[i]);
-    }
+    _mm512_storeu_si512(x, upper);
+    _mm512_storeu_si512(x + LANES, lower);
     store(x + SCALE * LANES, scale);
-    const Words zero_point = _mm512_slli_epi32(total, BITS - 1);
+    const Words zero_point = _mm512_slli_epi32(total, 7);
     _mm512_storeu_si512(x + START * LANES, _mm512_sub_epi32(_mm512_setzero_si512(), zero_point));
     store(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
   }

@@ -109,7 +109,7 @@ struct Job {
   int shift;
   bool has_zero_point;  // see Form
   Words table;          // the form's
-  const float* starts;  // what the form's `multiply` is given for the first block
+  const float* starts;  // what the form's `multiply` is given besides, of the first block and row of x
   int64_t start_step;
 
   bool has_offsets() const { return weight.minimum || !has_zero_point; }
@@ -159,8 +159,9 @@ void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t pla
   const uint8_t* limit = weight.packed + weight.num_rows * row_bytes;
   float* row_sums = job.scratch.sums + (place * all_x + first_x) * LANES;
 
-  const float *all_vectors = job.vectors + first_x * FLOATS, *starts = job.starts;
   const int64_t start_step = job.start_step;
+  const float *all_vectors = job.vectors + first_x * FLOATS,
+              *starts = job.starts + first_x * start_step;
   const Words lane_groups = job.lane_groups, table = job.table;
   const int shift = job.shift;
 
@@ -188,12 +189,12 @@ void multiply_blocks(const Job<Form, SCALES>& job, const Rows& rows, int64_t pla
 #endif
     }
     const float* vectors = all_vectors + block * all_x * FLOATS;
-    const float* start = starts + block * start_step;
+    const float* start = starts + block * all_x * start_step;
 #pragma GCC unroll 8
-    for (int m = 0; m < NUM_X; m++, vectors += FLOATS)
+    for (int m = 0; m < NUM_X; m++, vectors += FLOATS, start += start_step)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++)
-        sums[r][m] = multiply_add(Form::template multiply<IS_ONE>(factors[r], vectors, start),
+        sums[r][m] = multiply_add(Form::multiply(factors[r], vectors, start),
                                   scale[r], sums[r][m]);
   };
   const int64_t num_whole =
@@ -336,8 +337,7 @@ void multiply_several(const Job<Form, SCALES>& job, int64_t first, int64_t last)
 template <class Function>
 void with_form(const X& x, int64_t bits, Function function) {
 #ifdef LLAMAC_BYTES
-  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm<8>());
-  if (x.type == BFLOAT16 && x.num_rows == 1) return function(ByteForm<4>());
+  if (x.type == BFLOAT16 && bits == 8) return function(ByteForm());
 #endif
 #ifdef LLAMAC_BRAINS
   if (x.type == BFLOAT16 && bits == 4) return function(BrainForm());
@@ -394,7 +394,7 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
       });
   for (int64_t i = 0; i < num_weights; i++)
     with_form(x, weights[i].bits, [&](auto form) {
-      if (weights[i].minimum || !form.has_zero_point(num_x))
+      if (weights[i].minimum || !form.has_zero_point())
         fill_group_sums<decltype(form)>(weights[i], x, scratch + arranged[weights[i].bits / 4 - 1],
                                       scratch + sums + i * sums_each);
     });
@@ -409,7 +409,7 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
         constexpr int SCALES = decltype(scales)::value;
         alignas(64) static constexpr float NOTHING[LANES] = {};
         const float* vectors = scratch + arranged[weights[i].bits / 4 - 1];
-        const bool has_zero_point = form.has_zero_point(num_x) && !weights[i].minimum;
+        const bool has_zero_point = form.has_zero_point() && !weights[i].minimum;
         const int shift = group_shift(weights[i]);
         const void* rows[STRIP];
         const Job<Form, SCALES> job{
@@ -425,9 +425,8 @@ extern "C" int multiply_packed(const void* values, int64_t type, int64_t num_x, 
             Form::table(has_zero_point),
             has_zero_point ? vectors + Form::START * LANES : NOTHING,
             has_zero_point ? Arranged<Form>::FLOATS : 0};
-        if constexpr (Form::TAKES_SEVERAL)
-          if (num_x > 1) return multiply_several(job, first, last);
-        if constexpr (Form::TAKES_ONE) multiply_one<RUNS>(job, first, last, step);
+        if (num_x > 1) return multiply_several(job, first, last);
+        multiply_one<RUNS>(job, first, last, step);
       });
     });
   }
