@@ -65,7 +65,8 @@ class _Worker:
 
         begin = time.perf_counter()
         checkpoint = open_checkpoint(request["setup"]["model"])
-        quantize_checkpoint(checkpoint, Path(request["out"]), parse_recipe(request["weights"]))
+        recipe = parse_recipe(request["weights"])
+        quantize_checkpoint(checkpoint, Path(request["out"]), recipe, calibration=None)
         return {"build_s": time.perf_counter() - begin}
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,7 @@ RECIPES = "int4, int8, or with a group size as in int4-g64"
 
 _DEFAULT_GROUPS = {4: 32, 8: 128}
 _GROUPS = (128, 64, 32, 16)
-# What a wrong value of costs most, in the layers where it does; llama.cpp's Q4_K_M spends its bits
-# there; q and k follow v, because vLLM computes the three as one product of one kind.
-_SENSITIVE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+_SENSITIVE = "mlp.down_proj"  # of the first layer and of the last a wrong value costs most
 _HEAD, _HEAD_GROUP = "lm_head", 32
 
 
@@ -26,8 +24,8 @@ _HEAD, _HEAD_GROUP = "lm_head", 32
 class Recipe:
     """How a model is quantized.
 
-    The norms and the embedding stay as they are. With 4 bits, the head and the most sensitive
-    weights of half the layers get 8.
+    The norms and the embedding stay as they are. With 4 bits, the head and what is most sensitive
+    get 8.
 
     Attributes:
         bits: 4 or 8, of most weights.
@@ -92,11 +90,5 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _is_sensitive(module: str, config: LlamaConfig) -> bool:
-    """The head; v and down of the first and the last eighth of the layers and of every third."""
-    if module == _HEAD:
-        return True
-    number = re.match(r"model\.layers\.(\d+)\.", module)
-    if number is None or not module.endswith(_SENSITIVE):
-        return False
-    layer, eighth = int(number[1]), config.num_hidden_layers // 8
-    return layer < eighth or layer >= config.num_hidden_layers - eighth or (layer - eighth) % 3 == 2
+    ends = (0, config.num_hidden_layers - 1)
+    return module == _HEAD or module in [f"model.layers.{i}.{_SENSITIVE}" for i in ends]

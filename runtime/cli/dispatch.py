@@ -281,9 +281,10 @@ def _quantize(args: argparse.Namespace) -> int:
     from ...model.quantization import parse_recipe, quantize_checkpoint
 
     recipe = parse_recipe(args.recipe)
+    chosen = {"calibration": args.calibration} if args.calibration or args.no_calibration else {}
     checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
     with progress_bar("quantizing", unit="weights") as progress:
-        kinds = quantize_checkpoint(checkpoint, args.out, recipe, progress=progress)
+        kinds = quantize_checkpoint(checkpoint, args.out, recipe, progress=progress, **chosen)
     if args.json:
         emit(json.dumps([asdict(kind) for kind in kinds]))
         return 0

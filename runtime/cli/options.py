@@ -179,6 +179,16 @@ def _add_quantize(add: Callable[[str, str, str], argparse.ArgumentParser]) -> No
     quantize.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     quantize.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
     quantize.add_argument("--adapter", type=Path, metavar="FOLDER", help=_ADAPTER_HELP)
+    text = quantize.add_mutually_exclusive_group()
+    text.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="TEXT_FILE",
+        help="what the model reads to see which weights matter (default: a text of llamac's own)",
+    )
+    text.add_argument(
+        "--no-calibration", action="store_true", help="round to the nearest values: sooner, worse"
+    )
     quantize.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
