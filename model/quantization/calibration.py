@@ -64,14 +64,14 @@ class LayerInputs:
 
     @torch.no_grad()
     def run(
-        self, fill: Callable[[str, Tensor], None], round: Callable[[str, Tensor, Tensor], None]
+        self, fill: Callable[[str, Tensor], None], substitute: Callable[[str, Tensor, Tensor], None]
     ) -> None:
         """Runs the next layer, each of its weights rounded just before its product.
 
         Args:
             fill: Given a parameter's name within the layer and the float32 tensor it goes to.
-            round: Given a module's name there, its weight [N, K], to be changed in place, and its
-                input [n*T, K]; of modules with the same input it is the same tensor.
+            substitute: Given a module's name there, its weight [N, K], to be changed in place, and
+                its input [n*T, K]; of modules with the same input it is the same tensor.
         """
         layer = self._model.model.layers[0]
         for name, parameter in layer.named_parameters():
@@ -79,7 +79,7 @@ class LayerInputs:
 
         def before(name: str, module: nn.Module, given: tuple[Tensor]) -> None:
             assert isinstance(module, Linear)
-            round(name, module.weight.detach(), given[0])
+            substitute(name, module.weight.detach(), given[0])
 
         hooks = [
             module.register_forward_pre_hook(partial(before, name))

@@ -138,13 +138,16 @@ class PackedWriter:
         scales = self._rows(f"{module}.weight_scale")
 
         def write(start: int) -> tuple[float, float]:
-            rows = slice(start, start + step)
-            block = weight[rows]
-            square = block.square().sum().item()
-            packed[rows], scales[rows] = round_for_inputs(block, form, moments)
-            made = dequantize(packed[rows], scales[rows], None, torch.float32, width=width)
-            error = block.sub_(made).square_().sum().item()
-            block.copy_(made)
+            own = slice(start, start + step)
+            packed[own], scales[own] = round_for_inputs(weight[own], form, moments)
+            error = square = 0.0
+            few = max(1, _BLOCK_ELEMENTS // width)
+            parts = (tensor[own].split(few) for tensor in (weight, packed, scales))
+            for block, values, scale in zip(*parts, strict=True):
+                made = dequantize(values, scale, None, torch.float32, width=width)
+                square += block.square().sum().item()
+                error += block.sub_(made).square_().sum().item()
+                block.copy_(made)
             return error, square
 
         self._write_blocks(module, write, range(0, num_rows, step))

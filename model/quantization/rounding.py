@@ -28,6 +28,7 @@ _TRIED_FOR_INPUTS = {
 }
 # Columns whose errors make up for each other; twice as many gained nothing.
 _BLOCK_COLUMNS = 1024
+_CACHED_ELEMENTS = 1 << 17  # whose temporaries stay in a core's cache
 _LAZY_COLUMNS = 32  # that are made up for at once in all that follow
 _DAMPING = 0.1  # of the mean second moment, added to each: so few tokens don't tell it all
 
@@ -137,6 +138,13 @@ def _best_scale(
     groups: Tensor, form: PackedFormat, tried: Sequence[float], importance: Tensor | None = None
 ) -> Tensor:
     """[N, G, 1] in the scales' dtype, of groups [N, G, g] whose columns count by [G, g]."""
+    rows = max(1, _CACHED_ELEMENTS // groups[0].numel())
+    return torch.cat([_best_of(part, form, tried, importance) for part in groups.split(rows)])
+
+
+def _best_of(
+    groups: Tensor, form: PackedFormat, tried: Sequence[float], importance: Tensor | None
+) -> Tensor:
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     if form.bits == 8:
         largest = -largest.abs()

@@ -198,7 +198,7 @@ def _round_layers(
         if not writer.is_packed(name):
             tell(name)
 
-    def round(prefix: str, module: str, weight: Tensor, x: Tensor) -> None:
+    def substitute(prefix: str, module: str, weight: Tensor, x: Tensor) -> None:
         nonlocal seen
         name = f"{prefix}{module}.weight"
         if writer.is_packed(name):
@@ -209,7 +209,7 @@ def _round_layers(
 
     for index in range(checkpoint.config.num_hidden_layers):
         prefix = f"{_LAYERS}{index}."
-        inputs.run(partial(fill, prefix), partial(round, prefix))
+        inputs.run(partial(fill, prefix), partial(substitute, prefix))
 
 
 def _read(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
