@@ -18,6 +18,7 @@ __all__ = [
     "compiled_on_cpu",
     "is_few_rows",
     "is_many_rows",
+    "join_weights",
     "multiply_in_float32",
 ]
 
@@ -113,12 +114,18 @@ class Linear(OverRanks):
         in_features: Width of x.
         out_features: Width of the result.
         bias: Whether there is a bias.
+
+    Attributes:
+        joined: Of the first of joined weights all of them, [all rows, in_features]; else None.
     """
+
+    joined: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("joined", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
@@ -145,6 +152,19 @@ class Linear(OverRanks):
             if x.shape[0] > _FEW_ROWS_16_BIT and x.dtype in STORAGE_DTYPES:
                 return self.add_bias(multiply_in_float32(x, self.weight))
         return F.linear(x, self.weight, self.own_bias)
+
+
+def join_weights(*layers: Linear) -> None:
+    """Moves weights of one width behind each other, so that many rows meet them in one product.
+
+    Args:
+        layers: Whose weights become parts of one tensor, in this order.
+    """
+    joined = torch.cat([layer.weight.detach() for layer in layers])
+    parts = joined.split([len(layer.weight) for layer in layers])
+    for layer, part in zip(layers, parts, strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    layers[0].joined = joined
 
 
 def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:

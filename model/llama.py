@@ -22,7 +22,7 @@ from .decode_layer import call_layer, call_layers
 from .kernels.few_rows import MAX_ROWS, attend_in_cpp
 from .kernels.live_attention import NUM_COUNTERS, attend_live
 from .kernels.many_rows import DTYPES_IN_CPP
-from .linear import Linear, OverRanks, compiled_on_cpu
+from .linear import Linear, OverRanks, compiled_on_cpu, join_weights
 from .packed import PackedEmbedding, PackedFormat, PackedLinear, project
 from .ranks import ALONE, Rank, role_of
 from .tables import rope_tables, rotate
@@ -183,6 +183,16 @@ class Llama(nn.Module):
             return table
         rows = table.detach()[slice(*self.rank.part_of(len(table)))]
         return nn.Parameter(rows, requires_grad=table.requires_grad)
+
+    def join_weights(self) -> None:
+        """Makes q, k and v one weight for many rows, and gate and up; see linear.join_weights."""
+        for layer in self.model.layers:
+            assert isinstance(layer, _Layer)
+            own, mlp = layer.self_attn, layer.mlp
+            for group in ((own.q_proj, own.k_proj, own.v_proj), (mlp.gate_proj, mlp.up_proj)):
+                plain = [one for one in group if isinstance(one, Linear)]
+                if len(plain) == len(group):
+                    join_weights(*plain)
 
     @property
     def dtype(self) -> torch.dtype:

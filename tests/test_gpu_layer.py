@@ -213,3 +213,21 @@ class TestOnAGpu:
         names = ("multiply_qkv", "attend_live", "multiply_gate_up", "multiply_rows")
         counts = [calls[f"llamac::{name}"] for name in names]
         assert counts == [2, 2, 2, 5]  # the head's product, too
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_a_chunk_meets_joined_weights(self, bias: bool):
+        def fed(model: Llama) -> torch.Tensor:
+            device = model.cos.device
+            cache = KVCache.allocate(model.config, 1, 40, dtype=model.dtype, device=device)
+            ids = torch.arange(40)[None]
+            inputs = (x.to(device) for x in (ids, *torch.zeros(2, 1, dtype=torch.int64), ids))
+            return model(*inputs, cache, TorchAttention().to(device)).cpu()
+
+        exact = fed(tiny_model("float32", bias=bias).double())
+        model = tiny_model("float32", bias=bias).to("cuda")
+        model.join_weights()
+        with torch.profiler.profile() as profile:
+            logits = fed(model)
+        assert relative_error(logits, exact) < 10 * ALLOWED_ERROR["float32"]
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls["aten::linear"] == 2 * 4 + 1

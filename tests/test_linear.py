@@ -5,8 +5,10 @@ import torch
 from conftest import TOLERANCE
 from torch import Tensor
 
-from llamac.model.kernels.few_rows import load_operators
-from llamac.model.linear import Linear, multiply_in_float32
+from llamac.model import packed
+from llamac.model.kernels.few_rows import MAX_ROWS, load_operators
+from llamac.model.linear import Linear, join_weights, multiply_in_float32
+from llamac.model.packed import project
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,3 +66,26 @@ def test_the_operator_is_well_formed():
     x = torch.randn(9, 16).bfloat16()
     weight = torch.randn(5, 16).bfloat16()
     torch.library.opcheck(torch.ops.llamac.multiply_in_float32, (x, weight))
+
+
+def test_joined_weights_meet_many_rows_in_one_product(monkeypatch: pytest.MonkeyPatch):
+    layers = [random_linear(24, n, torch.float64, bias=n != 8) for n in (16, 8, 5)]
+    x = torch.randn(MAX_ROWS + 1, 24, dtype=torch.float64)
+    expected = [layer(x) for layer in layers]
+    few = project(x[:MAX_ROWS], *layers)
+    join_weights(*layers)
+    joined = layers[0].joined
+    assert joined is not None
+    for layer in layers:
+        assert layer.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    products: list[Tensor] = []
+    multiply = packed.F.linear
+    monkeypatch.setattr(
+        packed.F, "linear", lambda *given: products.append(given[1]) or multiply(*given)
+    )
+    for out, wanted in zip(project(x, *layers), expected, strict=True):
+        torch.testing.assert_close(out, wanted)
+    assert len(products) == 1
+    assert products[0] is joined
+    for out, wanted in zip(project(x[:MAX_ROWS], *layers), few, strict=True):
+        assert torch.equal(out, wanted)

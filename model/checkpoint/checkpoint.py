@@ -115,7 +115,8 @@ def load_model(
     """Builds the model and loads it, ready to run.
 
     On a CPU, weights whose bytes serve as they are stay in their files, mapped: nothing is read
-    before it is used, and processes share the pages. Their files must not change meanwhile.
+    before it is used, and processes share the pages. Their files must not change meanwhile. On a
+    GPU, weights that meet the same rows are parts of one tensor.
 
     Args:
         checkpoint: What is loaded.
@@ -154,6 +155,8 @@ def load_model(
         module, _, key = name.rpartition(".")
         setattr(model.get_submodule(module), key, nn.Parameter(weight, requires_grad=False))
     model.tie()
+    if torch.device(device).type == "cuda":
+        model.join_weights()
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     load_weights(model, checkpoint, progress, mapped=mapped)
     return model.eval()
