@@ -3,6 +3,8 @@
 // Several rows of a weight are multiplied at once, so that what is loaded of x serves all of them.
 // They lie far apart, each the next of its own run of rows: a run is read straight through, and what
 // is fetched ahead of a row is the row that follows in its run.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <type_traits>
@@ -122,17 +124,25 @@ void multiply_tile(const Job& job, int64_t first_x, int64_t row, int64_t step) {
           sum(sums[r][m]));
 }
 
-// Rows of a weight that are multiplied at once.
+// Rows of a weight that are multiplied at once: those that there are registers for, as each loads all
+// of x; but two are read faster, where x stays in the first cache beside them.
 template <int M>
-constexpr int ROWS_OF = std::min(4, REGISTERS / M);
+constexpr int MOST_ROWS = std::min(4, REGISTERS / M);
+
+template <class Row>
+bool stays_near(const X& x) {
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL1_DCACHE_SIZE), 32768);
+  const int64_t bytes = x.num_rows * x.width * Row::VECTORS * BLOCK_BYTES / Row::COLUMNS;
+  return x.num_rows > 1 && bytes <= cache * 2 / 3;
+}
 
 // The rows first to last of a weight, and those `step` behind each if it is above 0; those of a tile
 // stay in the cache for all rows of x.
-template <class Row, int M>
+template <class Row, int M, int ROWS>
 void multiply_rows(const Job& job, int64_t first, int64_t last, int64_t step) {
   for (int64_t row = first; row < last; row++)
     for (int64_t x = 0; x < job.x.num_rows; x += M) {
-      if (step > 0) multiply_tile<Row, ROWS_OF<M>, M>(job, x, row, step);
+      if (step > 0) multiply_tile<Row, ROWS, M>(job, x, row, step);
       else multiply_tile<Row, 1, M>(job, x, row, 0);
     }
 }
@@ -150,20 +160,20 @@ void arrange(const X& x, float* vectors, int64_t place) {
   Row::arrange(columns, vectors + place * Row::VECTORS * LANES);
 }
 
-template <class Row, int M>
+template <class Row, int M, int ROWS>
 bool multiply(const X& x, const DenseWeight* weights, int64_t num_weights, int64_t num_threads) {
   const int64_t num_places = divide_up(x.num_rows, M) * M * divide_up(x.width, Row::COLUMNS);
   const size_t bytes = size_t(num_places * Row::VECTORS * LANES) * 4;
   float* vectors = static_cast<float*>(std::aligned_alloc(64, bytes));
   if (!vectors) return false;
-  RowPieces pieces(weights, num_weights, x.width, num_threads, ROWS_OF<M>, 1,
+  RowPieces pieces(weights, num_weights, x.width, num_threads, ROWS, 1,
                    [&](const DenseWeight&) { return x.type == FLOAT32 ? 32 : 16; });
 #pragma omp parallel num_threads(int(num_threads))
   {
 #pragma omp for
     for (int64_t place = 0; place < num_places; place++) arrange<Row, M>(x, vectors, place);
     pieces.run([&](int64_t i, int64_t first, int64_t last, int64_t step) {
-      multiply_rows<Row, M>({x, weights[i], vectors}, first, last, step);
+      multiply_rows<Row, M, ROWS>({x, weights[i], vectors}, first, last, step);
     });
   }
   std::free(vectors);
@@ -188,9 +198,14 @@ extern "C" int multiply_dense(const void* values, int64_t type, int64_t num_x, i
   const int64_t at_once = divide_up(num_x, divide_up(num_x, MAX_M));
   return with_count(at_once, [&](auto count) {
     constexpr int M = decltype(count)::value;
-    const auto run = type == FLOAT32    ? multiply<FloatRow, M>
-                     : type == BFLOAT16 ? multiply<BrainRow, M>
-                                        : multiply<HalfRow, M>;
-    return run(x, weights, num_weights, num_threads);
+    const auto call = [&](auto row) {
+      using Row = decltype(row);
+      const auto run = stays_near<Row>(x) ? multiply<Row, M, std::min(2, MOST_ROWS<M>)>
+                                          : multiply<Row, M, MOST_ROWS<M>>;
+      return run(x, weights, num_weights, num_threads);
+    };
+    return type == FLOAT32    ? call(FloatRow())
+           : type == BFLOAT16 ? call(BrainRow())
+                              : call(HalfRow());
   });
 }
