@@ -61,9 +61,7 @@ class Recipe:
             if key != "weight" or len(shape) != 2 or module.endswith("embed_tokens"):
                 continue
             bits = 8 if self.bits == 4 and _is_sensitive(module, config) else self.bits
-            largest = self.group_size if bits == self.bits else _DEFAULT_GROUPS[bits]
-            if module == _HEAD:
-                largest = min(largest, _HEAD_GROUP)
+            largest = min(self.group_size, _HEAD_GROUP) if module == _HEAD else self.group_size
             group = next((g for g in _GROUPS if g <= largest and shape[1] % g == 0), None)
             if group is not None:
                 found[module] = PackedFormat(bits=bits, group_size=group, scale_dtype=scale_dtype)

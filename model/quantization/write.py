@@ -1,4 +1,4 @@
-"""Writes a checkpoint anew with packed weights, a block of rows at a time."""
+"""Writes a checkpoint anew with packed weights, a layer or a block of rows at a time."""
 
 from __future__ import annotations
 
