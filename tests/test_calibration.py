@@ -118,9 +118,9 @@ def test_what_is_not_packed_is_copied(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
-        (b"", "the calibration text is empty"),
-        (b"\xff\xfe\x00", "is no text in UTF-8"),
+        (None, "no such file"),
+        (b" \n", "the calibration text is empty"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 def test_a_text_that_is_none(tmp_path: Path, refused, content: bytes | None, message: str):

@@ -18,7 +18,7 @@ from ..llama import Llama, TorchAttention
 
 __all__ = ["CALIBRATION_TEXT", "LayerInputs", "calibration_ids"]
 
-CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
+CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt").read_text(encoding="utf-8")
 
 _LENGTH, _MAX_SEQUENCES = 256, 10  # ids of a sequence, and sequences
 

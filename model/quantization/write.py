@@ -38,7 +38,11 @@ logger = logging.getLogger(__name__)
 _FILE = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYERS = "model.layers."
-_ROUNDING = ("rounding.py", "calibration.py")  # what may change what a recipe makes
+_ROUNDING = (
+    "rounding.py",
+    "calibration.py",
+    "calibration.txt",
+)  # what may change what a recipe makes
 
 
 def quantize_checkpoint(
@@ -46,7 +50,7 @@ def quantize_checkpoint(
     out: Path,
     recipe: Recipe,
     *,
-    calibration: Path | None = CALIBRATION_TEXT,
+    calibration: str | None = CALIBRATION_TEXT,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[QuantizedKind, ...]:
     """Writes a Hugging Face folder of packed weights, with all that is beside them.
@@ -60,18 +64,17 @@ def quantize_checkpoint(
         checkpoint: Of any format; packed weights are unpacked first.
         out: A new name, or an empty folder.
         recipe: Which weight gets how many bits.
-        calibration: A file with the text; None rounds to the nearest values.
+        calibration: The text; None rounds to the nearest values.
         progress: Called with the weights done and their number.
 
     Returns:
         The kinds of weights, in the order in which they first appear.
 
     Raises:
-        OSError: There is no such text.
-        ValueError: `out` is in use, a weight isn't finite, the text is empty or no text, or the
-            disk is too small; nothing is left behind.
+        ValueError: `out` is in use, a weight isn't finite, the text is empty, or the disk is too
+            small; nothing is left behind.
     """
-    ids = None if calibration is None else _read_ids(checkpoint, calibration)
+    ids = None if calibration is None else _encode(checkpoint, calibration)
     config = replace(checkpoint.config, tie_word_embeddings=False)
     shapes = weight_shapes(config)
     packed = recipe.formats(config, shapes)
@@ -161,12 +164,8 @@ def quantized_copy(
     return open_checkpoint(folder)
 
 
-def _read_ids(checkpoint: Checkpoint, path: Path) -> Tensor | None:
+def _encode(checkpoint: Checkpoint, text: str) -> Tensor | None:
     """A text's ids; None where there is no tokenizer."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8") from None
     try:
         tokenizer = load_tokenizer(checkpoint.side_folder)
     except FileNotFoundError:
@@ -238,8 +237,7 @@ def _name(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, str]:
     config = checkpoint.config
     # What a recipe is, and how it rounds, may change.
     forms = sorted(recipe.formats(config, weight_shapes(config)).items())
-    own_files = (CALIBRATION_TEXT, *(Path(__file__).with_name(n) for n in _ROUNDING))
-    rounding = [path.read_bytes() for path in own_files]
+    rounding = [Path(__file__).with_name(name).read_bytes() for name in _ROUNDING]
     return f"{_digest(own)}-{recipe.name}", f"-{_digest(repr((facts, forms, rounding)))}"
 
 

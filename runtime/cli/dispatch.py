@@ -281,19 +281,19 @@ def _quantize(args: argparse.Namespace) -> int:
     from ...model.quantization import parse_recipe, quantize_checkpoint
 
     recipe = parse_recipe(args.recipe)
-    chosen = {"calibration": args.calibration} if args.calibration or args.no_calibration else {}
+    text = args.calibration and read_text(args.calibration)
+    chosen = {"calibration": text} if text or args.no_calibration else {}
     checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
     with progress_bar("quantizing", unit="weights") as progress:
         kinds = quantize_checkpoint(checkpoint, args.out, recipe, progress=progress, **chosen)
     if args.json:
         emit(json.dumps([asdict(kind) for kind in kinds]))
         return 0
-    rows = [("weights", "number", "bits", "group", "relative error")]
-    rows += [
+    rows = [
         (k.kind, str(k.count), str(k.form.bits), str(k.form.group_size), f"{k.relative_error:.4f}")
         for k in kinds
     ]
-    emit(format_table(rows))
+    emit(format_table([("weights", "number", "bits", "group", "relative error"), *rows]))
     return 0
 
 
