@@ -116,16 +116,21 @@ class Linear(OverRanks):
         bias: Whether there is a bias.
 
     Attributes:
+        out_features: Width of the result.
         joined: Of the first of joined weights all of them, [all rows, in_features]; else None.
+        joined_bias: Their biases, [all rows], if they have any.
     """
 
     joined: Tensor | None
+    joined_bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("joined", None, persistent=False)
+        self.register_buffer("joined_bias", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
@@ -142,8 +147,8 @@ class Linear(OverRanks):
         return self.combine(self._multiply(x))
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda" and len(x) <= MAX_ROWS:
-            return multiply_rows(x, self.weight, self.own_bias)
+        if x.device.type == "cuda":
+            return _multiply_on_gpu(x, self.weight, self.own_bias)
         if x.device.type == "cpu" and not torch.compiler.is_exporting():
             if is_few_rows(x):
                 return self.add_bias(multiply_few(x.contiguous(), [self.weight])[0])
@@ -153,18 +158,45 @@ class Linear(OverRanks):
                 return self.add_bias(multiply_in_float32(x, self.weight))
         return F.linear(x, self.weight, self.own_bias)
 
+    def multiply_joined(self, x: Tensor) -> Tensor:
+        """Multiplies with all weights that were joined to this one.
+
+        Args:
+            x: [M, in_features].
+
+        Returns:
+            [M, all rows] in x's dtype, biases added.
+        """
+        assert self.joined is not None
+        return _multiply_on_gpu(x, self.joined, self.joined_bias)
+
 
 def join_weights(*layers: Linear) -> None:
-    """Moves weights of one width behind each other, so that many rows meet them in one product.
+    """Moves weights of one width behind each other, and biases, so that x meets all in one product.
+
+    The layers' own parameters become parts of those tensors. A compiled step must use one or the
+    other: torch.compile takes no two inputs of one memory into a region that layers share.
 
     Args:
-        layers: Whose weights become parts of one tensor, in this order.
+        layers: Whose weights become parts of one tensor, in this order; all have a bias, or none.
     """
-    joined = torch.cat([layer.weight.detach() for layer in layers])
-    parts = joined.split([len(layer.weight) for layer in layers])
-    for layer, part in zip(layers, parts, strict=True):
-        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
-    layers[0].joined = joined
+    sizes = [len(layer.weight) for layer in layers]
+    joined: dict[str, Tensor | None] = {"weight": None, "bias": None}
+    for name in joined:
+        own = [getattr(layer, name) for layer in layers]
+        if own[0] is None:
+            continue
+        joined[name] = together = torch.cat([one.detach() for one in own])
+        for layer, old, part in zip(layers, own, together.split(sizes), strict=True):
+            setattr(layer, name, nn.Parameter(part, requires_grad=old.requires_grad))
+    layers[0].joined, layers[0].joined_bias = joined["weight"], joined["bias"]
+
+
+def _multiply_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[M, N]: x [M, K] times weight [N, K], plus bias [N]."""
+    if x.device.type == "cuda" and len(x) <= MAX_ROWS:
+        return multiply_rows(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..runtime.typed_json import shown
 from .config import DTYPES
-from .kernels.few_rows import MAX_ROWS, multiply_few, multiply_few_packed
+from .kernels.few_rows import multiply_few, multiply_few_packed
 from .kernels.many_rows import multiply_many
 from .kernels.packed_product import dequantize, multiply_packed
 from .linear import Linear, OverRanks, is_few_rows, is_many_rows
@@ -198,8 +198,8 @@ def project(x: Tensor, *layers: Linear | PackedLinear) -> Sequence[Tensor]:
     if len(plain) == len(layers) and (is_few_rows(x) or is_many_rows(x)):
         multiply = multiply_few if is_few_rows(x) else multiply_many
         outs = multiply(x.contiguous(), [layer.weight for layer in plain])
-    elif len(plain) == len(layers) and len(x) > MAX_ROWS and plain[0].joined is not None:
-        outs = F.linear(x, plain[0].joined).split([len(layer.weight) for layer in plain], dim=1)
+    elif len(plain) == len(layers) and plain[0].joined is not None:
+        return plain[0].multiply_joined(x).split([layer.out_features for layer in plain], dim=1)
     elif len(packed) == len(layers):
         outs = _multiply_by_kernel(x, packed)
     else:

@@ -61,30 +61,44 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_a_decode_step_compiles(
     monkeypatch: pytest.MonkeyPatch, kernels: list[Any], dtype: str, batch: int
 ):
-    from llamac.model.kernels import attention_gpu
+    from llamac.model.kernels import attention_gpu, product_gpu, rows_gpu
     from llamac.model.kernels.layer_gpu import multiply_gate_up_on_gpu, multiply_qkv_on_gpu
-    from llamac.model.kernels.product_gpu import multiply_on_gpu
 
+    overlaps = {"OVERLAPS": True, "launch_pdl": True}
+    for module in (attention_gpu, product_gpu, rows_gpu):
+        monkeypatch.setattr(module, "overlap", lambda _: overlaps)
     monkeypatch.setattr(attention_gpu, "_num_processors", lambda _: 132 * batch)
 
     def empty(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=getattr(torch, dtype))
 
-    hidden, gain, inner = empty(batch, WIDTH), empty(WIDTH), empty(batch, INNER)
-    rows = [n * HEAD_DIM for n in (HEADS, KV_HEADS, KV_HEADS)]
-    weights, biases = [empty(n, WIDTH) for n in rows], [empty(n) for n in rows]
-    caches = [empty(batch, KV_HEADS, 4096, HEAD_DIM) for _ in "kv"]
+    x, gain, inner = empty(batch, WIDTH), empty(WIDTH), empty(batch, INNER)
+    given = x, gain if batch == 1 else None, 1e-5
+    num_rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    weight, bias = empty(num_rows, WIDTH), empty(num_rows)
+    cache = [empty(batch, KV_HEADS, 4096, HEAD_DIM) for _ in "kv"]
     cos = torch.empty(batch, 1, HEAD_DIM // 2)
     index = torch.empty(batch, dtype=torch.int64)
-    for used in (biases, []):
-        q = multiply_qkv_on_gpu(hidden, gain, 1e-5, weights, used, cos, cos, *caches, index, index)
+    for used in (bias, None):
+        q = multiply_qkv_on_gpu(*given, weight, used, cos, cos, *cache, index, index)
     counters = torch.empty(64, dtype=torch.int32)
-    attention_gpu.attend_on_gpu(q[:, :, None], *caches, index, index, 0.125, counters=counters)
-    multiply_on_gpu(hidden, weights[0], biases[0], hidden)
-    multiply_gate_up_on_gpu(hidden, gain, 1e-5, [empty(INNER, WIDTH)] * 2, [])
-    multiply_on_gpu(inner, empty(WIDTH, INNER), None, hidden)
-    assert len(kernels) == 6
+    attention_gpu.attend_on_gpu(q[:, :, None], *cache, index, index, 0.125, counters=counters)
+    product_gpu.multiply_on_gpu(x, empty(WIDTH, WIDTH), empty(WIDTH), x)
+    multiply_gate_up_on_gpu(*given, empty(2 * INNER, WIDTH), None)
+    product_gpu.multiply_on_gpu(inner, empty(WIDTH, INNER), None, x)
+    head = {"gain": given[1], "eps": 1e-5, "dtype": torch.float32}
+    product_gpu.multiply_on_gpu(x, empty(1000, WIDTH), **head)
+    assert len(kernels) == 7
     for kernel in kernels:
         assert kernel.metadata.shared < SHARED_MEMORY
         wide = "cp.async.cg.shared.global" if batch > 1 else "v4.b32"
         assert wide in kernel.asm["ptx"]  # 16 bytes of a weight at a time
+        waits = kernel.asm["ptx"].index("griddepcontrol.wait")
+        assert "st.global" not in kernel.asm["ptx"][:waits]
+    rows_gpu.embed_on_gpu(index[:, None], index, empty(50, WIDTH), cos[0], cos[0])
+    qkv = empty(batch, num_rows)
+    rows_gpu.rotate_and_write_on_gpu(qkv, cos, cos, *cache, index, index)
+    rows_gpu.multiply_silu_on_gpu(empty(batch, 2 * INNER))
+    rows_gpu.normalize_on_gpu(x, gain, 1e-5)
+    waiting = ["griddepcontrol.wait" in kernel.asm["ptx"] for kernel in kernels[7:]]
+    assert waiting == [False, True, True, True]

@@ -5,7 +5,7 @@ import torch
 from conftest import TOLERANCE
 from torch import Tensor
 
-from llamac.model import packed
+from llamac.model import linear
 from llamac.model.kernels.few_rows import MAX_ROWS, load_operators
 from llamac.model.linear import Linear, join_weights, multiply_in_float32
 from llamac.model.packed import project
@@ -68,24 +68,40 @@ def test_the_operator_is_well_formed():
     torch.library.opcheck(torch.ops.llamac.multiply_in_float32, (x, weight))
 
 
-def test_joined_weights_meet_many_rows_in_one_product(monkeypatch: pytest.MonkeyPatch):
-    layers = [random_linear(24, n, torch.float64, bias=n != 8) for n in (16, 8, 5)]
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_weights_meet_x_in_one_product(monkeypatch: pytest.MonkeyPatch, bias: bool):
+    layers = [random_linear(24, n, torch.float64, bias=bias) for n in (16, 8, 5)]
     x = torch.randn(MAX_ROWS + 1, 24, dtype=torch.float64)
     expected = [layer(x) for layer in layers]
-    few = project(x[:MAX_ROWS], *layers)
     join_weights(*layers)
     joined = layers[0].joined
     assert joined is not None
     for layer in layers:
         assert layer.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     products: list[Tensor] = []
-    multiply = packed.F.linear
+    multiply = linear.F.linear
     monkeypatch.setattr(
-        packed.F, "linear", lambda *given: products.append(given[1]) or multiply(*given)
+        linear.F, "linear", lambda *given: products.append(given[1]) or multiply(*given)
     )
-    for out, wanted in zip(project(x, *layers), expected, strict=True):
-        torch.testing.assert_close(out, wanted)
-    assert len(products) == 1
-    assert products[0] is joined
-    for out, wanted in zip(project(x[:MAX_ROWS], *layers), few, strict=True):
-        assert torch.equal(out, wanted)
+    for num_rows in (1, len(x)):
+        products.clear()
+        for out, wanted in zip(project(x[:num_rows], *layers), expected, strict=True):
+            torch.testing.assert_close(out, wanted[:num_rows])
+        assert len(products) == 1
+        assert products[0] is joined
+
+
+def test_a_region_that_layers_share_takes_joined_weights():
+    """It takes no two inputs of one memory; on the meta device, where nothing is compiled."""
+    with torch.device("meta"):
+        layers = [Linear(24, n, bias=True).requires_grad_(False) for n in (16, 8)]
+        join_weights(*layers)
+        x = torch.empty(3, 24)
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        first, second = project(x, *layers)
+        return first.sum() + second.sum()
+
+    step = torch.compile(lambda x: region(x) + region(x), fullgraph=True, backend="aot_eager")
+    assert step(x).device.type == "meta"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -58,7 +59,8 @@ class TorchBackend:
     """A Llama in torch, eager or compiled, behind the Backend protocol.
 
     Compiled, every step is one graph without breaks; after warm-up a recompile is a RuntimeError.
-    On CUDA every step is replayed as one CUDA graph.
+    On CUDA every step is replayed as one CUDA graph; what our own kernels can do there (see
+    gpu_step.fits_gpu) is recorded without torch's compiler.
 
     Args:
         model: The model, on its device, in its dtype; its RoPE tables fix num_positions.
@@ -122,9 +124,12 @@ class TorchBackend:
             device=self._device,
         )
         self._steps: dict[str, BoundStep] = {}
-        self.startup = (
-            self._compile(progress) if compile else self._start(self._eager_step, progress)
-        )
+        if not compile:
+            self.startup = self._start(self._eager_step, progress)
+        elif self._has_own_kernels():
+            self.startup = self._record(self._start(self._gpu_step, progress))
+        else:
+            self.startup = self._compile(progress)
 
     @property
     def num_replays(self) -> int:
@@ -198,15 +203,27 @@ class TorchBackend:
             misses = cache_misses()
             started = self._start(self._compiled_step, progress)
             hit = cache_misses() == misses
+        return self._record(replace(started, compile_s=ready_s + started.compile_s, cache_hit=hit))
+
+    def _record(self, started: Startup) -> Startup:
+        """Records every step on CUDA, which belongs to warming up."""
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()  # one for all
         for step in self._steps.values():
             step.record(pool)
-        return Startup(
-            compile_s=ready_s + started.compile_s,
-            warmup_s=started.warmup_s + time.perf_counter() - begin,
-            cache_hit=hit,
-        )
+        return replace(started, warmup_s=started.warmup_s + time.perf_counter() - begin)
+
+    def _has_own_kernels(self) -> bool:
+        if self._device.type != "cuda" or find_spec("triton") is None:
+            return False
+        from ..gpu_step import fits_gpu
+
+        return fits_gpu(self._model, self.cache)
+
+    def _gpu_step(self, _: str) -> _Step:
+        from ..gpu_step import run_on_gpu
+
+        return partial(run_on_gpu, *self._constants)
 
     def _start(self, make: Callable[[str], _Step], progress: Callable[[str], None]) -> Startup:
         """Loads every step, or else runs it twice: the first call compiles, the second is warm."""

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_gpu import overlap, wait_for_inputs
+
 __all__ = ["attend_on_gpu"]
 
 _BLOCK_BYTES = 16 << 10  # of keys at a time, and of values: they wait in shared memory
@@ -98,6 +100,7 @@ def attend_on_gpu(
         BLOCK_MERGED=max(min(_MERGED_NUMBERS // (block_splits * block_dim), merged), 1),
         IS_SCALED=k_scale is not None,
         num_stages=2,
+        **overlap(q.device),
     )
     return out
 
@@ -131,12 +134,14 @@ def _attend_split(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_MERGED: tl.constexpr,
     IS_SCALED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One split of the live rows, for a block of the queries that share a key/value head.
 
     Of several it writes their sums over values, already divided by the softmax's denominator, and
     the logarithm of that denominator; whichever split ends last merges them all.
     """
+    wait_for_inputs(OVERLAPS)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // NUM_KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(2) % NUM_KV_HEADS

@@ -1,4 +1,4 @@
-"""Triton kernels: what a decode step multiplies with several weights at once.
+"""Triton kernels: what a step of few tokens multiplies with weights that lie behind each other.
 
 Triton comes with the CUDA builds of torch alone, so this module is imported where it is needed.
 """
@@ -8,65 +8,45 @@ Triton comes with the CUDA builds of torch alone, so this module is imported whe
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .product_gpu import TILE_ROWS, add_bias, block_sizes, sum_products
+from .product_gpu import add_bias, begin_products, block_sizes, split_halves, sum_products
 
 __all__ = ["multiply_gate_up_on_gpu", "multiply_qkv_on_gpu"]
 
 
 def multiply_gate_up_on_gpu(
-    hidden: Tensor,
-    gain: Tensor,
-    eps: float,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    x: Tensor, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Normalizes at most 16 rows and computes silu(gate) * up of them.
+    """Computes silu(gate) * up of at most 16 rows.
 
     Args:
-        hidden: [M, E], contiguous.
-        gain: [E], RMSNorm's weight.
+        x: [M, E], contiguous.
+        gain: [E], the weight of an RMSNorm that a single row of x goes through first; else None.
         eps: RMSNorm's.
-        weights: gate and up, each [N, E] in hidden's dtype, contiguous.
-        biases: Theirs, each [N], or none.
+        weight: [2 * I, E] in x's dtype, contiguous: gate's rows, then up's.
+        bias: [2 * I] or None.
 
     Returns:
-        [M, N] in hidden's dtype.
+        [M, I] in x's dtype.
     """
-    gate, up = weights
-    gate_bias, up_bias = biases or (None, None)
-    num_x, (num_rows, width) = len(hidden), gate.shape
-    out = hidden.new_empty(num_x, num_rows)
-    block_rows = 1 if num_x == 1 else TILE_ROWS
-    _multiply_gate_up[(triton.cdiv(num_rows, block_rows),)](
-        hidden,
-        gain,
-        eps,
-        gate,
-        up,
-        gate_bias,
-        up_bias,
-        out,
-        num_x,
-        num_rows,
-        width,
-        BLOCK_ROWS=block_rows,
-        **block_sizes(num_x, gate, num_weights=2),
+    num_x, num_rows = len(x), len(weight) // 2
+    out = x.new_empty(num_x, num_rows)
+    sizes = block_sizes(num_x, weight)
+    _multiply_gate_up[(triton.cdiv(num_rows, sizes["BLOCK_ROWS"] // 2),)](
+        x, gain, eps, weight, bias, out, num_x, num_rows, **sizes
     )
     return out
 
 
 def multiply_qkv_on_gpu(
-    hidden: Tensor,
-    gain: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
     eps: float,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     k_cache: Tensor,
@@ -74,37 +54,38 @@ def multiply_qkv_on_gpu(
     write_indices: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Normalizes one token of at most 16 sequences and makes q, k and v of it, q and k rotated.
+    """Makes q, k and v of one token of at most 16 sequences, q and k rotated.
 
     k and v go to the cache, in place.
 
     Args:
-        hidden: [B, E], contiguous.
-        gain: [E], RMSNorm's weight.
+        x: [B, E], contiguous.
+        gain: [E], the weight of an RMSNorm that a single row of x goes through first; else None.
         eps: RMSNorm's.
-        weights: q [H*D, E], k and v [K*D, E] in hidden's dtype, contiguous.
-        biases: Theirs, or none.
+        weight: [(H + 2K) * D, E] in x's dtype, contiguous: q's rows, then k's, then v's.
+        bias: [(H + 2K) * D] or None.
         cos: [B, 1, D/2] float32, contiguous.
         sin: [B, 1, D/2] float32, contiguous.
-        k_cache: [slots, K, S, D] in hidden's dtype, contiguous.
-        v_cache: [slots, K, S, D] in hidden's dtype, contiguous.
+        k_cache: [slots, K, S, D], contiguous.
+        v_cache: [slots, K, S, D], contiguous.
         write_indices: [B] int64, the cache row of each token.
         slots: [B] int64, the cache slot of each token.
 
     Returns:
-        q [B, H, D] in hidden's dtype.
+        q [B, H, D] in x's dtype.
     """
-    num_x, width = hidden.shape
+    num_x = len(x)
     num_kv_heads, max_seq_len, head_dim = k_cache.shape[1:]
-    num_heads = len(weights[0]) // head_dim
-    q = hidden.new_empty(num_x, num_heads, head_dim)
-    block_pairs = 1 if num_x == 1 else TILE_ROWS
-    _multiply_qkv[(triton.cdiv(head_dim // 2, block_pairs), num_heads + 2 * num_kv_heads)](
-        hidden,
+    num_heads = len(weight) // head_dim - 2 * num_kv_heads
+    q = x.new_empty(num_x, num_heads, head_dim)
+    sizes = block_sizes(num_x, weight)
+    grid = triton.cdiv(head_dim // 2, sizes["BLOCK_ROWS"] // 2), num_heads + 2 * num_kv_heads
+    _multiply_qkv[grid](
+        x,
         gain,
         eps,
-        *weights,
-        *(biases or (None, None, None)),
+        weight,
+        bias,
         cos,
         sin,
         q,
@@ -113,72 +94,58 @@ def multiply_qkv_on_gpu(
         write_indices,
         slots,
         num_x,
-        width,
         max_seq_len,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF_DIM=head_dim // 2,
-        BLOCK_PAIRS=block_pairs,
-        **block_sizes(num_x, weights[0], num_weights=2),
+        **sizes,
     )
     return q
 
 
 @triton.jit
 def _multiply_gate_up(
-    hidden,
+    x,
     gain,
     eps,
-    gate,
-    up,
-    gate_bias,
-    up_bias,
+    weight,
+    bias,
     out,
     num_x,
     num_rows,
-    width,
+    WIDTH: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """The same few rows of both weights times the normalized rows."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """The same few rows of gate and of up, one half each."""
+    half = tl.arange(0, BLOCK_ROWS) // (BLOCK_ROWS // 2)
+    row = tl.program_id(0) * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS) % (BLOCK_ROWS // 2)
     is_row = row < num_rows
-    begin = row.to(tl.int64) * width
-    gates, ups = sum_products(
-        hidden,
-        gain,
-        eps,
-        gate + begin,
-        up + begin,
-        is_row,
-        num_x,
-        width,
-        BLOCK_X,
-        BLOCK_ROWS,
-        BLOCK_COLUMNS,
+    begin = weight + (half * num_rows + row).to(tl.int64) * WIDTH
+    block = begin_products(begin, is_row, WIDTH, BLOCK_X, BLOCK_COLUMNS, OVERLAPS)
+    sums = sum_products(
+        x, gain, eps, begin, block, is_row, num_x, WIDTH, BLOCK_X, BLOCK_ROWS, BLOCK_COLUMNS
     )
-    gates = add_bias(gates, gate_bias, row, is_row)
-    ups = add_bias(ups, up_bias, row, is_row)
+    sums = add_bias(sums, bias, half * num_rows + row, is_row)
+    gates, ups = split_halves(sums, BLOCK_ROWS, BLOCK_X)
+    row = tl.program_id(0) * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS // 2)
     x_row = tl.arange(0, BLOCK_X)
     tl.store(
         out + x_row[None, :] * num_rows + row[:, None],
         (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty),
-        mask=is_row[:, None] & (x_row < num_x)[None, :],
+        mask=(row < num_rows)[:, None] & (x_row < num_x)[None, :],
     )
 
 
 @triton.jit
 def _multiply_qkv(
-    hidden,
+    x,
     gain,
     eps,
-    q_weight,
-    k_weight,
-    v_weight,
-    q_bias,
-    k_bias,
-    v_bias,
+    weight,
+    bias,
     cos,
     sin,
     q,
@@ -187,56 +154,46 @@ def _multiply_qkv(
     write_indices,
     slots,
     num_x,
-    width,
     max_seq_len,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """A few pairs of rows i and i + D/2 of one head, of q's, then k's, then v's."""
-    head = tl.program_id(1)
+    """Rows i and i + D/2 of one head, of q's, then k's, then v's, one half each."""
+    head, first_pair = tl.program_id(1), tl.program_id(0) * (BLOCK_ROWS // 2)
+    half = tl.arange(0, BLOCK_ROWS) // (BLOCK_ROWS // 2)
+    pair = first_pair + tl.arange(0, BLOCK_ROWS) % (BLOCK_ROWS // 2)
+    is_row = pair < HALF_DIM
+    row = (2 * head + half) * HALF_DIM + pair
+    begin = weight + row.to(tl.int64) * WIDTH
+    block = begin_products(begin, is_row, WIDTH, BLOCK_X, BLOCK_COLUMNS, OVERLAPS)
+    pair = first_pair + tl.arange(0, BLOCK_ROWS // 2)
     x_row = tl.arange(0, BLOCK_X)
     is_x = x_row < num_x
-    slot = tl.load(slots + x_row, mask=is_x, other=0)
-    cache_row = tl.load(write_indices + x_row, mask=is_x, other=0)
-    weight, bias, out = q_weight, q_bias, q
-    target = (x_row * NUM_HEADS + head).to(tl.int64)
+    inside = (pair < HALF_DIM)[:, None] & is_x[None, :]
+    out, target = q, (x_row * NUM_HEADS + head).to(tl.int64)
     if head >= NUM_HEADS:
-        head -= NUM_HEADS
-        weight, bias, out = k_weight, k_bias, k_cache
-        if head >= NUM_KV_HEADS:
-            head -= NUM_KV_HEADS
-            weight, bias, out = v_weight, v_bias, v_cache
-        target = (slot * NUM_KV_HEADS + head) * max_seq_len + cache_row
-
-    pair = tl.program_id(0) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
-    is_pair = pair < HALF_DIM
-    row = head * (2 * HALF_DIM) + pair
-    begin = weight + row.to(tl.int64) * width
-    first, second = sum_products(
-        hidden,
-        gain,
-        eps,
-        begin,
-        begin + HALF_DIM * width,
-        is_pair,
-        num_x,
-        width,
-        BLOCK_X,
-        BLOCK_PAIRS,
-        BLOCK_COLUMNS,
-    )
-    first = add_bias(first, bias, row, is_pair)
-    second = add_bias(second, bias, row + HALF_DIM, is_pair)
-    inside = is_pair[:, None] & is_x[None, :]
-    if tl.program_id(1) < NUM_HEADS + NUM_KV_HEADS:
+        slot = tl.load(slots + x_row, mask=is_x, other=0)
+        cache_row = tl.load(write_indices + x_row, mask=is_x, other=0)
+        out, kv_head = k_cache, head - NUM_HEADS
+        if kv_head >= NUM_KV_HEADS:
+            out, kv_head = v_cache, kv_head - NUM_KV_HEADS
+        target = (slot * NUM_KV_HEADS + kv_head) * max_seq_len + cache_row
+    c = tl.full((BLOCK_ROWS // 2, BLOCK_X), 1.0, tl.float32)
+    s = tl.zeros((BLOCK_ROWS // 2, BLOCK_X), tl.float32)
+    if head < NUM_HEADS + NUM_KV_HEADS:
         angle = x_row[None, :] * HALF_DIM + pair[:, None]
         c = tl.load(cos + angle, mask=inside, other=0.0)
         s = tl.load(sin + angle, mask=inside, other=0.0)
-        first, second = first * c - second * s, second * c + first * s
+    sums = sum_products(
+        x, gain, eps, begin, block, is_row, num_x, WIDTH, BLOCK_X, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    first, second = split_halves(add_bias(sums, bias, row, is_row), BLOCK_ROWS, BLOCK_X)
     place = out + target[None, :] * (2 * HALF_DIM) + pair[:, None]
-    tl.store(place, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(place + HALF_DIM, second.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(place + HALF_DIM, (second * c + first * s).to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""A Triton kernel: products of at most 16 rows with a weight, and the loop that all products share.
+"""Triton kernels: products of at most 16 rows with a weight, and the loop that they share.
 
 Triton comes with the CUDA builds of torch alone, so this module is imported where it is needed.
 """
@@ -6,21 +6,42 @@ Triton comes with the CUDA builds of torch alone, so this module is imported whe
 # Triton's own types don't know how a kernel is called.
 # pyright: reportIndexIssue=false, reportMissingImports=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TILE_ROWS", "add_bias", "block_sizes", "multiply_on_gpu", "sum_products"]
+from .overlap_gpu import overlap, wait_for_inputs
 
-_ONE_ROW_COLUMNS = 2048  # of a weight at a time, two rows of it; the fastest of eleven on an H100
-TILE_ROWS = 16  # of a weight, where several rows of x make it a product of matrices
+__all__ = [
+    "add_bias",
+    "begin_products",
+    "block_sizes",
+    "multiply_on_gpu",
+    "split_halves",
+    "sum_products",
+]
+
+_LEAST_COLUMNS, _MOST_COLUMNS = 1024, 4096  # of a weight's row at a time, for one row of x
+_TILE_ROWS = 16  # of a weight, where several rows of x make it a product of matrices
 _TILE_BYTES = 512  # of a weight's row
+_FETCHED_BYTES = tl.constexpr(2048)  # of a weight's row, ahead of such a product
 
 
 def multiply_on_gpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multiplies at most 16 rows with a weight, summing in float32 and rounding once.
 
@@ -29,79 +50,110 @@ def multiply_on_gpu(
         weight: [N, K] in x's dtype, contiguous.
         bias: [N], added.
         residual: [M, N] in x's dtype, contiguous, added.
+        gain: [K], the weight of an RMSNorm that a single row of x goes through first.
+        eps: RMSNorm's.
+        dtype: Of the result; None is x's.
 
     Returns:
-        [M, N] in x's dtype.
+        [M, N].
     """
-    num_x, (num_rows, width) = len(x), weight.shape
-    out = x.new_empty(num_x, num_rows)
-    block_rows = 2 if num_x == 1 else TILE_ROWS
-    _multiply[(triton.cdiv(num_rows, block_rows),)](
-        x.contiguous(),
-        weight,
-        bias,
-        residual,
-        out,
-        num_x,
-        num_rows,
-        width,
-        BLOCK_ROWS=block_rows,
-        **block_sizes(num_x, weight),
+    num_x, num_rows = len(x), len(weight)
+    out = x.new_empty(num_x, num_rows, dtype=dtype)
+    sizes = block_sizes(num_x, weight)
+    _multiply[(triton.cdiv(num_rows, sizes["BLOCK_ROWS"]),)](
+        x.contiguous(), gain, eps, weight, bias, residual, out, num_x, num_rows, **sizes
     )
     return out
 
 
-def block_sizes(num_x: int, weight: Tensor, *, num_weights: int = 1) -> dict[str, int]:
-    """How a program goes through the columns of its rows.
+def block_sizes(num_x: int, weight: Tensor) -> dict[str, Any]:
+    """How many rows of a weight a program takes, and how it goes through their columns.
 
     Args:
         num_x: M, at most 16.
         weight: [N, K].
-        num_weights: How many weights it reads rows of at once.
 
     Returns:
         What sum_products is called with, and what Triton takes.
     """
-    columns = triton.next_power_of_2(weight.shape[1])
+    width = weight.shape[1]
+    columns = triton.next_power_of_2(width)
+    sizes = {"WIDTH": width, **overlap(weight.device)}
     if num_x == 1:
-        return {"BLOCK_X": 1, "BLOCK_COLUMNS": min(_ONE_ROW_COLUMNS, columns), "num_warps": 8}
-    tile = _TILE_BYTES // (weight.itemsize * num_weights)
+        # Half a row is on its way when x comes: the fastest of seventeen on an H100.
+        columns = min(max(columns // 2, _LEAST_COLUMNS), _MOST_COLUMNS, columns)
+        return {
+            **sizes,
+            "BLOCK_X": 1,
+            "BLOCK_ROWS": 2,
+            "BLOCK_COLUMNS": columns,
+            "num_warps": 8 if columns > _LEAST_COLUMNS else 4,
+        }
     return {
+        **sizes,
         "BLOCK_X": 16,
-        "BLOCK_COLUMNS": max(min(tile, columns), 16),
+        "BLOCK_ROWS": _TILE_ROWS,
+        "BLOCK_COLUMNS": max(min(_TILE_BYTES // weight.itemsize, columns), 16),
         "num_warps": 2,  # of more, each would read the whole tile from shared memory
-        "num_stages": 2 + 2 * num_weights,  # as many bytes on their way whatever their number
+        "num_stages": 4,
     }
 
 
 @triton.jit
 def _multiply(
     x,
+    gain,
+    eps,
     weight,
     bias,
     residual,
     out,
     num_x,
     num_rows,
-    width,
+    WIDTH: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A few rows of a weight times x, plus bias and residual."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < num_rows
-    first = weight + row.to(tl.int64) * width
-    sums, _ = sum_products(
-        x, None, 0.0, first, None, is_row, num_x, width, BLOCK_X, BLOCK_ROWS, BLOCK_COLUMNS
-    )
-    sums = add_bias(sums, bias, row, is_row)
+    begin = weight + row.to(tl.int64) * WIDTH
+    block = begin_products(begin, is_row, WIDTH, BLOCK_X, BLOCK_COLUMNS, OVERLAPS)
     x_row = tl.arange(0, BLOCK_X)
     place = x_row[None, :] * num_rows + row[:, None]
     inside = is_row[:, None] & (x_row < num_x)[None, :]
+    added = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float32)
     if residual is not None:
-        sums += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        added += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    sums = sum_products(
+        x, gain, eps, begin, block, is_row, num_x, WIDTH, BLOCK_X, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    sums = add_bias(sums, bias, row, is_row) + added
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def begin_products(
+    begin,
+    is_row,
+    WIDTH: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Asks for the first columns of rows that begin at [R] places, then waits for x.
+
+    For one row of x they are in registers when it is there, for several in the GPU's cache.
+    """
+    block = begin
+    if BLOCK_X == 1:
+        block = _load_rows(begin, is_row, 0, WIDTH, BLOCK_COLUMNS)
+    elif OVERLAPS:
+        _fetch_rows(begin, is_row, WIDTH)
+    wait_for_inputs(OVERLAPS)
+    return block
 
 
 @triton.jit
@@ -109,89 +161,80 @@ def sum_products(
     x,
     gain,
     eps,
-    first,
-    second,
+    begin,
+    block,
     is_row,
     num_x,
-    width,
+    WIDTH: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """x, normalized where there is a gain, times a few rows of one weight or two.
+    """[R, BLOCK_X] in float32: rows of a weight that begin at [R] places times x [BLOCK_X, K].
 
-    `first` and `second` are [R], where the rows begin; `second` may be None. Returns two
-    [R, BLOCK_X] in float32.
-
-    RMSNorm is one number for each row of x, times x * gain: the loop that reads x for the product
-    sums its squares, too. float16 can't hold x * gain of every x, so that a product of matrices in
-    it needs that number before.
+    `block` is what begin_products gave. A single row of x is normalized where there is a gain:
+    RMSNorm is one number times x * gain, and the loop that reads x sums its squares, too.
     """
-    NORM_FIRST: tl.constexpr = BLOCK_X > 1 and x.dtype.element_ty == tl.float16
+    SUM_COLUMNS: tl.constexpr = BLOCK_COLUMNS if BLOCK_X == 1 else BLOCK_X
     x_row = tl.arange(0, BLOCK_X)
     is_x = x_row < num_x
-    norm = tl.full((BLOCK_X,), 1.0, tl.float32)
-    if gain is not None and NORM_FIRST:
-        norm = _inverse_rms(x, eps, num_x, width, BLOCK_X, BLOCK_COLUMNS)
-    SUM_COLUMNS: tl.constexpr = BLOCK_COLUMNS if BLOCK_X == 1 else BLOCK_X
     sums = tl.zeros((BLOCK_ROWS, SUM_COLUMNS), tl.float32)
-    more = tl.zeros((BLOCK_ROWS, SUM_COLUMNS), tl.float32)
-    squares = tl.zeros((BLOCK_X, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, width, BLOCK_COLUMNS):
+    squares = tl.zeros((1, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        is_column = column < width
-        inside = is_row[:, None] & is_column[None, :]
-        place = x + x_row[:, None] * width + column[None, :]
+        is_column = column < WIDTH
+        place = x + x_row[:, None] * WIDTH + column[None, :]
         rows = tl.load(place, mask=is_x[:, None] & is_column[None, :], other=0.0)
+        if BLOCK_X == 1:
+            wide = rows.to(tl.float32)
+            if gain is not None:
+                squares += wide * wide
+                wide *= tl.load(gain + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+            sums += block.to(tl.float32) * wide
+            if WIDTH > BLOCK_COLUMNS:  # the last is beyond the row and isn't read
+                block = _load_rows(begin, is_row, start + BLOCK_COLUMNS, WIDTH, BLOCK_COLUMNS)
+        else:
+            tile = _load_rows(begin, is_row, start, WIDTH, BLOCK_COLUMNS)
+            sums = tl.dot(tile, tl.trans(rows), sums, input_precision="ieee")
+    if BLOCK_X == 1:
+        sums = tl.sum(sums, 1)[:, None]
         if gain is not None:
-            rows = rows.to(tl.float32)
-            if NORM_FIRST:
-                rows *= norm[:, None]
-            else:
-                squares += rows * rows
-            rows *= tl.load(gain + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        block = tl.load(
-            first[:, None] + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-        )
-        sums = _add_product(sums, block, rows, BLOCK_X)
-        if second is not None:
-            block = tl.load(
-                second[:, None] + column[None, :],
-                mask=inside,
-                other=0.0,
-                eviction_policy="evict_first",
-            )
-            more = _add_product(more, block, rows, BLOCK_X)
-    if BLOCK_X == 1:
-        sums, more = tl.sum(sums, 1)[:, None], tl.sum(more, 1)[:, None]
-    if gain is not None and not NORM_FIRST:
-        norm = tl.rsqrt(tl.sum(squares, 1) / width + eps)
-        sums, more = sums * norm[None, :], more * norm[None, :]
-    return sums, more
-
-
-@triton.jit
-def _add_product(sums, block, rows, BLOCK_X: tl.constexpr):
-    """Adds block [R, C] times rows [BLOCK_X, C]; one row's sums stay [R, C] until the end."""
-    if BLOCK_X == 1:
-        sums += block.to(tl.float32) * rows.to(tl.float32)
-    else:
-        sums = tl.dot(block, tl.trans(rows.to(block.dtype)), sums, input_precision="ieee")
+            sums *= tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)[None, :]
     return sums
 
 
 @triton.jit
-def _inverse_rms(x, eps, num_x, width, BLOCK_X: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """[BLOCK_X] what RMSNorm multiplies each row of x with."""
-    x_row = tl.arange(0, BLOCK_X)
-    squares = tl.zeros((BLOCK_X, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, width, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        inside = (x_row < num_x)[:, None] & (column < width)[None, :]
-        place = x + x_row[:, None] * width + column[None, :]
-        rows = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        squares += rows * rows
-    return tl.rsqrt(tl.sum(squares, 1) / width + eps)
+def split_halves(sums, BLOCK_ROWS: tl.constexpr, BLOCK_X: tl.constexpr):
+    """The first and the second half of rows [R, BLOCK_X]."""
+    halves = tl.reshape(sums, (2, BLOCK_ROWS // 2, BLOCK_X))
+    return tl.split(tl.permute(halves, (1, 2, 0)))
+
+
+@triton.jit
+def _load_rows(begin, is_row, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """[R, BLOCK_COLUMNS] of a weight's rows, which are read once."""
+    column = start + tl.arange(0, BLOCK_COLUMNS)
+    inside = is_row[:, None] & (column < WIDTH)[None, :]
+    place = begin[:, None] + column[None, :]
+    return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _fetch_rows(begin, is_row, WIDTH: tl.constexpr):
+    """Asks for the first columns of a weight's rows, into the GPU's cache."""
+    ITEM_BYTES: tl.constexpr = begin.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = _FETCHED_BYTES // 128
+    line = tl.arange(0, LINES) * (128 // ITEM_BYTES)
+    place = begin[:, None] + tl.minimum(line, WIDTH - 1)[None, :]
+    place = tl.where(is_row[:, None], place, begin[:, None])
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [place],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
