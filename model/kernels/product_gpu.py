@@ -29,8 +29,7 @@ __all__ = [
 
 _LEAST_COLUMNS, _MOST_COLUMNS = 1024, 4096  # of a weight's row at a time, for one row of x
 _TILE_ROWS = 16  # of a weight, where several rows of x make it a product of matrices
-_TILE_BYTES = 512  # of a weight's row
-_FETCHED_BYTES = tl.constexpr(2048)  # of a weight's row, ahead of such a product
+_TILE_BYTES = 1024  # of a weight's row
 
 
 def multiply_on_gpu(
@@ -78,24 +77,25 @@ def block_sizes(num_x: int, weight: Tensor) -> dict[str, Any]:
     """
     width = weight.shape[1]
     columns = triton.next_power_of_2(width)
-    sizes = {"WIDTH": width, **overlap(weight.device)}
     if num_x == 1:
         # Half a row is on its way when x comes: the fastest of seventeen on an H100.
         columns = min(max(columns // 2, _LEAST_COLUMNS), _MOST_COLUMNS, columns)
         return {
-            **sizes,
+            "WIDTH": width,
             "BLOCK_X": 1,
             "BLOCK_ROWS": 2,
             "BLOCK_COLUMNS": columns,
             "num_warps": 8 if columns > _LEAST_COLUMNS else 4,
+            **overlap(weight.device),
         }
     return {
-        **sizes,
+        "WIDTH": width,
         "BLOCK_X": 16,
         "BLOCK_ROWS": _TILE_ROWS,
         "BLOCK_COLUMNS": max(min(_TILE_BYTES // weight.itemsize, columns), 16),
         "num_warps": 2,  # of more, each would read the whole tile from shared memory
-        "num_stages": 4,
+        "num_stages": 3,
+        "OVERLAPS": False,  # was slower, with the rows' beginnings fetched ahead
     }
 
 
@@ -143,15 +143,10 @@ def begin_products(
     BLOCK_COLUMNS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Asks for the first columns of rows that begin at [R] places, then waits for x.
-
-    For one row of x they are in registers when it is there, for several in the GPU's cache.
-    """
+    """For one row of x asks for the first columns of rows that begin at [R] places; waits for x."""
     block = begin
     if BLOCK_X == 1:
         block = _load_rows(begin, is_row, 0, WIDTH, BLOCK_COLUMNS)
-    elif OVERLAPS:
-        _fetch_rows(begin, is_row, WIDTH)
     wait_for_inputs(OVERLAPS)
     return block
 
@@ -217,24 +212,6 @@ def _load_rows(begin, is_row, start, WIDTH: tl.constexpr, BLOCK_COLUMNS: tl.cons
     inside = is_row[:, None] & (column < WIDTH)[None, :]
     place = begin[:, None] + column[None, :]
     return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _fetch_rows(begin, is_row, WIDTH: tl.constexpr):
-    """Asks for the first columns of a weight's rows, into the GPU's cache."""
-    ITEM_BYTES: tl.constexpr = begin.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = _FETCHED_BYTES // 128
-    line = tl.arange(0, LINES) * (128 // ITEM_BYTES)
-    place = begin[:, None] + tl.minimum(line, WIDTH - 1)[None, :]
-    place = tl.where(is_row[:, None], place, begin[:, None])
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [place],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
