@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .draw import draw, top_k, top_p, uniform
+
 __all__ = ["Sampler", "SamplingParams", "log_softmax", "top_logprobs"]
 
 _MAX_KEY = 2**64 - 1  # a Philox key or counter word
-_SORTABLE = 1024  # so few candidates are sorted outright
-_NUM_BUCKETS = 1024
+
+
+class _Space(threading.local):
+    """Room for two rows in float64, kept: fresh memory costs more than what is computed in it."""
+
+    def __init__(self) -> None:
+        self._rows = np.empty((2, 0))
+
+    def copy(self, row: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Widens a row; the last one's room is used again."""
+        if self._rows.shape[1] < row.size:
+            self._rows = np.empty((2, row.size))
+        room = self._rows[0, : row.size]
+        np.copyto(room, row)
+        return room
+
+    def beside(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Room for as many numbers as a row that `copy` gave, or a part of one."""
+        return self._rows[1, : row.size]
+
+
+_space = _Space()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +134,13 @@ class Sampler:
         if not 0 <= sample_index <= _MAX_KEY:
             raise ValueError(f"sample_index is {sample_index}; it must be in [0, 2**64)")
         self._params = params
+        changes = (
+            params.repetition_penalty != 1,
+            params.presence_penalty or params.frequency_penalty,
+            params.logit_bias,
+            params.temperature,
+        )
+        self._changes_scores = any(changes)
         self._vocab_size = vocab_size
         self._allowed_size = allowed_size
         self._key = np.array([params.seed, sample_index], dtype=np.uint64)
@@ -145,12 +176,13 @@ class Sampler:
             ValueError: The logits have another width, or hold NaN, +inf or nothing finite, or
                 nothing may be drawn.
         """
-        ids, weights = self._candidates(self._scores(logits, allowed, banned_ids))
-        # The CDF runs in id order, so a last-digit difference in a logit moves its edges by as
-        # little; in order of probability two near-equal ids could change places.
-        cdf = np.cumsum(weights)
-        target = _uniform(self._key, position) * cdf[-1]
-        token_id = int(ids[np.searchsorted(cdf, target, side="right")])
+        scores = self._scores(logits, allowed, banned_ids)
+        if self._params.temperature == 0:
+            token_id = int(np.argmax(scores))  # the lowest of equals
+        else:
+            ids, weights = self._candidates(scores)
+            index = draw(weights, uniform(self._key, position))
+            token_id = index if ids is None else int(ids[index])
         self._seen[token_id] = True
         self._counts[token_id] += 1
         return token_id
@@ -160,12 +192,17 @@ class Sampler:
         logits: NDArray[np.float32],
         allowed: NDArray[np.bool_] | None,
         banned_ids: Collection[int],
-    ) -> NDArray[np.float64]:
-        """Returns the penalized logits of the tokenizer's ids; -inf is never drawn."""
+    ) -> NDArray[Any]:
+        """Returns the penalized logits of the tokenizer's ids; -inf is never drawn.
+
+        They are the sampler's own, or, where they are nobody's to change, the logits themselves.
+        """
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; expected ({self._vocab_size},)")
         params = self._params
-        scores = logits[: self._allowed_size].astype(np.float64)
+        scores = logits[: self._allowed_size]
+        if self._changes_scores or allowed is not None or banned_ids:
+            scores = _space.copy(scores)
         if params.repetition_penalty != 1:
             seen = np.flatnonzero(self._seen[: self._allowed_size])
             hit = scores[seen]
@@ -183,34 +220,36 @@ class Sampler:
                 f"the largest logit is {logits.max()}; sampling needs a finite one, "
                 "so the weights or a computation in 16 bits overflowed"
             )
-        if allowed is not None:
-            scores[~allowed[: self._allowed_size]] = -np.inf
-        scores[[i for i in banned_ids if i < self._allowed_size]] = -np.inf
-        if scores.max() == -np.inf:
-            raise ValueError("no token may come next; loosen the grammar or min_tokens")
+        if allowed is not None or banned_ids:
+            if allowed is not None:
+                scores[~allowed[: self._allowed_size]] = -np.inf
+            scores[[i for i in banned_ids if i < self._allowed_size]] = -np.inf
+            if scores.max() == -np.inf:
+                raise ValueError("no token may come next; loosen the grammar or min_tokens")
         return scores
 
     def _candidates(
         self, scores: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Returns the ids that pass the filters, ascending, and their weights (largest is 1)."""
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.float64]]:
+        """Returns the ids that pass the filters, ascending, and their weights (largest is 1).
+
+        None are all ids. The scores, which `_space` holds, are overwritten.
+        """
         params = self._params
-        if params.temperature == 0:
-            return np.array([np.argmax(scores)]), np.ones(1)  # the lowest of equals
-        ids = np.arange(self._allowed_size)
+        ids = None
         if 0 < params.top_k < self._allowed_size:
-            ids = _top_k(scores, params.top_k)
+            ids = top_k(scores, params.top_k)
             scores = scores[ids]
         scores -= scores.max()
         with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right answer
             scores /= params.temperature
-        weights = np.exp(scores)
+        weights = np.exp(scores, out=_space.beside(scores))
         if params.top_p < 1:
-            kept = _top_p(scores, weights, params.top_p)
-            ids, weights = ids[kept], weights[kept]
+            kept = top_p(scores, weights, params.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if params.min_p > 0:
             kept = np.flatnonzero(weights >= params.min_p)  # the most likely id's weight is 1
-            ids, weights = ids[kept], weights[kept]
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         return ids, weights
 
 
@@ -240,69 +279,6 @@ def top_logprobs(logprobs: NDArray[np.float64], k: int) -> tuple[tuple[int, floa
     """
     if k < 1:
         return ()
-    ids = _top_k(logprobs, k) if k < logprobs.size else np.arange(logprobs.size)
+    ids = top_k(logprobs, k) if k < logprobs.size else np.arange(logprobs.size)
     ids = ids[np.argsort(-logprobs[ids], kind="stable")]
     return tuple((int(i), float(logprobs[i])) for i in ids)
-
-
-def _uniform(key: NDArray[np.uint64], position: int) -> float:
-    """Returns a number in [0, 1): the first of Philox's bits for this key and position.
-
-    Raw bits only: NumPy keeps a bit generator's stream, not what `Generator.random` makes of it.
-
-    Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
-    """
-    counter = np.array([position, 0, 0, 0], dtype=np.uint64)
-    raw = np.random.Philox(key=key, counter=counter).random_raw()
-    return (raw >> 11) * 2.0**-53
-
-
-def _top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Returns the ids of the k largest scores, ascending; the lower id wins a tie at the edge."""
-    edge = np.partition(scores, scores.size - k)[scores.size - k]
-    above = np.flatnonzero(scores > edge)
-    at_edge = np.flatnonzero(scores == edge)[: k - above.size]
-    return np.sort(np.concatenate([above, at_edge]))
-
-
-def _top_p(
-    scores: NDArray[np.float64], weights: NDArray[np.float64], top_p: float
-) -> NDArray[np.int64]:
-    """Finds the fewest largest weights that reach top_p of their total.
-
-    Instead of sorting V numbers it sums them in buckets of their score, keeps the buckets above
-    the one in which the sum is reached, and looks again inside that one.
-
-    Args:
-        scores: [n] float64, the logarithms of the weights.
-        weights: [n] float64, none negative.
-        top_p: The share to reach, below 1.
-
-    Returns:
-        Indices of what is kept, ascending, at least one; the lower index wins a tie at the edge.
-    """
-    total = weights.sum()
-    target = top_p * total
-    kept = np.zeros(weights.size, dtype=np.bool_)
-    kept_sum = 0.0
-    # All weights below this floor sum to less than what may be dropped.
-    floor = max((total - target) / weights.size, math.ulp(0.0))
-    edge = np.flatnonzero(weights >= floor)
-    while edge.size > _SORTABLE:
-        depth = scores[edge]
-        np.subtract(depth.max(), depth, out=depth)  # in place: fresh megabytes cost page faults
-        if depth.max() == 0:
-            break
-        depth /= depth.max()
-        depth *= _NUM_BUCKETS
-        buckets = depth.astype(np.int64)  # 0 holds the largest
-        sums = kept_sum + np.cumsum(np.bincount(buckets, weights=weights[edge]))
-        reached = min(int(np.searchsorted(sums, target)), _NUM_BUCKETS)
-        if reached > 0:
-            kept[edge[np.flatnonzero(buckets < reached)]] = True
-            kept_sum = float(sums[reached - 1])
-        edge = edge[np.flatnonzero(buckets == reached)]
-    edge = edge[np.argsort(-scores[edge], kind="stable")]
-    sums = kept_sum + np.cumsum(weights[edge])
-    kept[edge[: int(np.searchsorted(sums, target)) + 1]] = True
-    return np.flatnonzero(kept)

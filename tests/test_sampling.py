@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamac.runtime.sampling import Sampler, SamplingParams, _uniform, log_softmax, top_logprobs
+from llamac.runtime import draw as drawing
+from llamac.runtime.sampling import Sampler, SamplingParams, log_softmax, top_logprobs
 
 VOCAB_SIZE = 1000
 # Ours is float64, the reference's softmax float32.
@@ -25,9 +26,13 @@ def sampler(vocab_size: int = VOCAB_SIZE, **params) -> Sampler:
 
 def probabilities(sampler: Sampler, logits: np.ndarray) -> np.ndarray:
     """The distribution that `sample` draws from, [V] float64."""
-    ids, weights = sampler._candidates(sampler._scores(logits, None, ()))
     result = np.zeros(logits.size)
-    result[ids] = weights / weights.sum()
+    scores = sampler._scores(logits, None, ())
+    if sampler._params.temperature == 0:
+        result[np.argmax(scores)] = 1
+        return result
+    ids, weights = sampler._candidates(scores)
+    result[np.arange(weights.size) if ids is None else ids] = weights / weights.sum()
     return result
 
 
@@ -262,7 +267,7 @@ def test_philox_bits_are_the_published_ones():
 )
 def test_the_keys_never_drift(seed, sample_index, position, expected):
     draw = Sampler(SamplingParams(seed=seed), 4, sample_index=sample_index)
-    assert _uniform(draw._key, position).hex() == expected
+    assert drawing.uniform(draw._key, position).hex() == expected
 
 
 def test_golden_tokens():
@@ -290,6 +295,18 @@ def test_seed_and_sample_index_both_change_the_draws():
         return tuple(draw.sample(logits, p) for p in range(20))
 
     assert len({draws(s, i) for s in (0, 1, 2**64 - 1) for i in (0, 1, 2)}) == 9
+
+
+@pytest.mark.parametrize("number", [0.0, 0.3, 0.7, 1 - 2**-53])
+@pytest.mark.parametrize("zeros", [slice(0, 0), slice(0, 300), slice(200, 900), slice(250, None)])
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_a_draw_is_where_the_sum_passes_a_share(size: int, zeros: slice, number: float):
+    weights = np.random.default_rng(size).random(size)
+    weights[1:][zeros] = 0
+    index = drawing.draw(weights, number)
+    assert weights[index] > 0
+    before, total = math.fsum(weights[:index]), math.fsum(weights)
+    assert before - 1e-12 * total <= number * total <= before + weights[index] + 1e-12 * total
 
 
 def test_frequencies_follow_the_probabilities():
