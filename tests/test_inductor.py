@@ -11,7 +11,7 @@ import pytest
 from conftest import lend_kernels
 
 from llamac.model import TorchBackend
-from llamac.model.compiled.inductor import compiler_problem
+from llamac.model.compiled.inductor import compiler_problem, kernel_compiler
 from llamac.model.kernels.few_rows import load_operators
 from llamac.runtime.backend import BackendUnavailableError
 from llamac.runtime.cache_folder import cache_folder
@@ -89,3 +89,36 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
     text = failing_start(tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
     assert "torch.compile failed" in text
     assert "XDG_CACHE_HOME" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("disk is full"), "a kernel can't be compiled: disk is full; free space"),
+        (RuntimeError("Failed to find C compiler."), "no C compiler found, which Triton needs; "),
+    ],
+)
+def test_a_kernel_that_cannot_be_compiled_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, message: str
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with pytest.raises(BackendUnavailableError, match=message):
+        fail_with(error, tmp_path / "llamac" / "triton")
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+def fail_with(error: Exception, expected: Path) -> None:
+    with kernel_compiler() as folder:
+        assert os.environ["TRITON_CACHE_DIR"] == str(folder)
+        assert folder == expected
+        raise error
+
+
+def test_other_errors_of_kernels_and_a_given_folder_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail_with(RuntimeError("CUDA out of memory"), tmp_path)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)

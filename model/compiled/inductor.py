@@ -1,4 +1,4 @@
-"""torch's compiler on this machine: what it needs, where it keeps its files, how it fails."""
+"""torch's compiler and Triton here: what they need, where their files are, how they fail."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import shutil
+import subprocess
 import sysconfig
 import tempfile
 import threading
@@ -19,11 +20,18 @@ from ...runtime.backend import BackendUnavailableError
 from ...runtime.cache_folder import cache_folder
 from ..toolchain import compiler_name, compiler_version
 
-__all__ = ["cache_misses", "compiler", "compiler_problem", "import_compiler"]
+__all__ = [
+    "cache_misses",
+    "compiler",
+    "compiler_problem",
+    "import_compiler",
+    "kernel_compiler",
+]
 
 logger = logging.getLogger(__name__)
 
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_KERNEL_VARIABLE = "TRITON_CACHE_DIR"
 _ROOM = "free space on its disk, or set XDG_CACHE_HOME to a folder that can be written"
 
 
@@ -75,6 +83,36 @@ def compiler() -> Iterator[Path]:
             del os.environ[_FOLDER_VARIABLE]
             if given is not None:
                 os.environ[_FOLDER_VARIABLE] = given
+
+
+@contextlib.contextmanager
+def kernel_compiler() -> Iterator[Path]:
+    """Prepares for Triton, with its files in a folder of the user's.
+
+    Yields:
+        The folder: the one TRITON_CACHE_DIR names, or else below the user's cache.
+
+    Raises:
+        BackendUnavailableError: The folder can't be written, or the C compiler that Triton needs is
+            missing or fails.
+    """
+    given = os.environ.get(_KERNEL_VARIABLE)
+    folder = cache_folder("triton") if given is None else Path(given)
+    os.environ[_KERNEL_VARIABLE] = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise _unavailable(error, f"a kernel can't be compiled: {error}", _ROOM) from error
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        what = "no C compiler found, which Triton needs"
+        raise _unavailable(error, what, "install gcc, or set CC") from error
+    finally:
+        del os.environ[_KERNEL_VARIABLE]
+        if given is not None:
+            os.environ[_KERNEL_VARIABLE] = given
 
 
 def import_compiler() -> None:
@@ -140,7 +178,7 @@ def _fault(error: BaseException) -> str:
 
 
 def _unavailable(error: BaseException, what: str, remedy: str) -> BackendUnavailableError:
-    logger.debug("torch.compile failed", exc_info=error)
+    logger.debug("compiling failed", exc_info=error)
     return BackendUnavailableError(f"{what}; {remedy}, or use --backend eager")
 
 

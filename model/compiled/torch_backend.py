@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from ..decode_layer import call_layer
 from ..kernels.few_rows import load_operators
 from ..llama import Llama, TorchAttention
 from .bound_step import BoundStep
-from .inductor import cache_misses, compiler, compiler_problem
+from .inductor import cache_misses, compiler, compiler_problem, kernel_compiler
 from .saved_step import SavedStep
 from .step_key import step_key
 
@@ -127,7 +128,10 @@ class TorchBackend:
         if not compile:
             self.startup = self._start(self._eager_step, progress)
         elif self._has_own_kernels():
-            self.startup = self._record(self._start(self._gpu_step, progress))
+            with kernel_compiler() as folder:
+                before = len(os.listdir(folder))
+                started = self._record(self._start(self._gpu_step, progress))
+                self.startup = replace(started, cache_hit=before == len(os.listdir(folder)))
         else:
             self.startup = self._compile(progress)
 
