@@ -87,7 +87,8 @@ def test_a_recompile_after_warm_up_is_an_error(single: TorchBackend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
+@pytest.mark.parametrize("in_own_kernels", [False, True])
+def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu(in_own_kernels: bool):
     request = Request(
         prompt_ids=prompt(10),
         max_new_tokens=3 * ROWS,
@@ -97,6 +98,8 @@ def test_cuda_decode_is_one_graph_replay_and_equals_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
         model = our_model("llama-3.1", num_positions=1024).to(device)
+        if in_own_kernels and device == "cuda":
+            model.join_weights()
         backend = TorchBackend(
             model, max_seq_len=ROWS, prefill_lens=(CHUNK,), compile=device == "cuda"
         )
