@@ -18,6 +18,8 @@ tests       tests of the kernels and of the backends
 1b-ort      --model tinyllama-1.1b --backend compile --backend ort-cuda --prompt-len 128 1024 --new-tokens 128
 1b-sweep    --model tinyllama-1.1b --backend compile --sweep 512 8192
 1b-cold     --model tinyllama-1.1b --backend compile --cold-start
+1b-kernels  --kernels --model tinyllama-1.1b
+1b-kernels-8 --kernels --model tinyllama-1.1b --batch-size 8
 1b-packed   --model tinyllama-1.1b --backend compile --backend compile-int8 --backend compile-int4
 3.2-1b      --model llama-3.2-1b --backend compile --prompt-len 32 --new-tokens 128
 3.2-1b-batch --model llama-3.2-1b --backend compile --prompt-len 32 --new-tokens 128 --batch-size 8 32
@@ -63,8 +65,8 @@ echo "$gpus"
 failed=0
 for stage; do
     read -ra words <<<"$(find_stage "$stage")"
-    command=(-m llamac.perf.bench --device cuda --dtype bfloat16)
-    command+=(--json "${OUT:-perf/results}" "${words[@]}")
+    command=(-m llamac.perf.bench --device cuda --dtype bfloat16 "${words[@]}")
+    [[ ${words[0]:-} == --kernels ]] || command+=(--json "${OUT:-perf/results}")
     [[ $stage != tests ]] || command=(-m pytest -m gpu tests)
     echo "== $stage"
     timeout --kill-after=5 180 "$python" "${command[@]}" || {

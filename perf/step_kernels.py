@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch._C._autograd import DeviceType
 from torch._inductor import config
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,7 +25,7 @@ from ..runtime.cli.text_table import format_table
 from .artifacts import find_model
 from .machine import describe_machine
 
-__all__ = ["KernelTime", "main", "time_kernels"]
+__all__ = ["KernelTime", "main", "own_times", "time_kernels"]
 
 _WARM_UP = 3  # steps
 _LEAST_SHARE = 0.003  # of the step, for a line of its own
@@ -117,16 +119,40 @@ def time_kernels(
         for _ in range(num_steps):
             step()
         profiled_s = (time.perf_counter() - begin_s) / num_steps
-    kernels = []
-    for event in profiler.key_averages():
-        own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kernels.append(
-            KernelTime(
-                name=event.key, calls=event.count / num_steps, step_s=own_us / num_steps / 1e6
-            )
-        )
+    if on_gpu:
+        spans = [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events() or ()
+            if event.device_type == DeviceType.CUDA
+        ]
+        totals = own_times(spans)
+    else:
+        events = profiler.key_averages()
+        totals = {event.key: (event.count, event.self_cpu_time_total) for event in events}
+    kernels = [
+        KernelTime(name=name, calls=calls / num_steps, step_s=own_us / num_steps / 1e6)
+        for name, (calls, own_us) in totals.items()
+    ]
     kernels.sort(key=lambda kernel: -kernel.step_s)
     return statistics.median(plain_s), profiled_s, kernels
+
+
+def own_times(spans: Iterable[tuple[str, float, float]]) -> dict[str, tuple[int, float]]:
+    """Adds up kernels that may overlap: each has the time by which it ends after all before it.
+
+    Args:
+        spans: Name, begin and end of each call, in any unit.
+
+    Returns:
+        Of each name its calls and their time.
+    """
+    totals: dict[str, tuple[int, float]] = {}
+    last_end = -math.inf
+    for name, begin, end in sorted(spans, key=lambda span: span[2]):
+        calls, own = totals.get(name, (0, 0.0))
+        totals[name] = calls + 1, own + end - max(begin, last_end)
+        last_end = end
+    return totals
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llamac.perf.step_kernels import time_kernels
+from llamac.perf.step_kernels import own_times, time_kernels
 
 
 def test_kernels_add_up_to_the_step():
@@ -23,6 +23,17 @@ def test_kernels_add_up_to_the_step():
     )
     assert 0 < sum(kernel.step_s for kernel in kernels) <= profiled_s
     assert plain_s > 0
+
+
+def test_kernels_that_overlap_count_once():
+    spans = [
+        ("a", 0.0, 5.0),
+        ("c", 10.0, 12.0),
+        ("b", 3.0, 8.0),
+        ("a", 11.0, 11.5),
+        ("a", 20.0, 21.0),
+    ]
+    assert own_times(spans) == {"a": (3, 6.5), "b": (1, 3.0), "c": (1, 0.5)}
 
 
 def test_what_it_refuses(refused):
