@@ -65,8 +65,9 @@ echo "$gpus"
 failed=0
 for stage; do
     read -ra words <<<"$(find_stage "$stage")"
-    command=(-m llamac.perf.bench --device cuda --dtype bfloat16 "${words[@]}")
+    command=(-m llamac.perf.bench --device cuda --dtype bfloat16)
     [[ ${words[0]:-} == --kernels ]] || command+=(--json "${OUT:-perf/results}")
+    command+=("${words[@]}")
     [[ $stage != tests ]] || command=(-m pytest -m gpu tests)
     echo "== $stage"
     timeout --kill-after=5 180 "$python" "${command[@]}" || {

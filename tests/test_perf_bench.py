@@ -18,7 +18,7 @@ from llamac.export.bundle import export_bundle
 from llamac.model.checkpoint import open_checkpoint
 from llamac.model.checkpoint.random_weights import write_random_checkpoint
 from llamac.model.config import LlamaConfig, RopeScaling
-from llamac.perf import bench
+from llamac.perf import bench, step_kernels
 from llamac.perf.artifacts import build_artifact, find_model
 from llamac.perf.limit_probe import ProbeSize
 from llamac.perf.setup import Setup
@@ -204,7 +204,8 @@ def test_stages_of_the_gpu_script_are_benchmarks(tmp_path: Path) -> None:
     assert {"tests", "8b-speed"} < set(stages)
     for name, words in stages.items():
         if name != "tests":
-            assert bench.build_parser().parse_args(words).model
+            parser = step_kernels._parser() if "--kernels" in words else bench.build_parser()
+            assert parser.parse_args(words).model
     done = run_gpu_script("8b", programs=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "perf/gpu.sh: no stage 8b; perf/gpu.sh --list names them\n"
@@ -214,15 +215,15 @@ def test_the_gpu_script_runs_the_stages_asked_for(tmp_path: Path) -> None:
     write_program(tmp_path / "nvidia-smi", "echo 'GPU 0: none'")
     # The first two calls look for llamac and for a GPU.
     write_program(tmp_path / "python", 'case "$1" in -c) ;; *) echo "$@"; exit 3 ;; esac')
-    done = run_gpu_script(
-        "8b-speed", "tests", programs=tmp_path, PYTHON=str(tmp_path / "python"), OUT="/out"
-    )
+    asked = "8b-speed", "tests", "1b-kernels"
+    done = run_gpu_script(*asked, programs=tmp_path, PYTHON=str(tmp_path / "python"), OUT="/out")
     assert done.returncode == 1
     gpu, *stages = done.stdout.splitlines()
     assert gpu == "GPU 0: none"
     assert stages[0] == "== 8b-speed"
     assert "--device cuda --dtype bfloat16 --json /out --model llama-3-8b" in stages[1]
-    assert stages[2:] == ["== tests", "-m pytest -m gpu tests"]
+    assert stages[2:4] == ["== tests", "-m pytest -m gpu tests"]
+    assert stages[5].endswith("--device cuda --dtype bfloat16 --kernels --model tinyllama-1.1b")
     assert "perf/gpu.sh: tests ended with code 3" in done.stderr
 
 
