@@ -9,7 +9,16 @@ import torch
 import torch.distributed._functional_collectives  # tells the compiler what they do
 from torch import Tensor
 
-__all__ = ["ALONE", "Rank", "Role", "gather_columns", "module_kind", "role_of", "sum_over_ranks"]
+__all__ = [
+    "ALONE",
+    "Rank",
+    "Role",
+    "gather_columns",
+    "is_so_everywhere",
+    "module_kind",
+    "role_of",
+    "sum_over_ranks",
+]
 
 # How a weight is cut: "column" is by its rows, which are columns of the result, as in Meta's names.
 Role = Literal["column", "row", "vocabulary"]
@@ -78,6 +87,19 @@ def sum_over_ranks(x: Tensor, rank: Rank) -> Tensor:
     """
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.all_reduce(x, "sum", rank.group))
+
+
+def is_so_everywhere(is_so: bool, rank: Rank, device: torch.device) -> bool:
+    """Whether something is so on every rank, each of which asks.
+
+    Args:
+        is_so: Whether it is on this one.
+        rank: Whose group is asked.
+        device: Where the ranks exchange tensors.
+    """
+    if rank.world_size == 1:
+        return is_so
+    return int(sum_over_ranks(torch.tensor(int(is_so), device=device), rank)) == rank.world_size
 
 
 def gather_columns(x: Tensor, rank: Rank) -> Tensor:

@@ -99,6 +99,10 @@ class SavedStep:
             return False
         return True
 
+    def forget(self) -> None:
+        """Undoes `load`: the next call compiles the step."""
+        self._step = None
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Calls the step; compiles and saves it first if it isn't ready.
 

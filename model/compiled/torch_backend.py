@@ -23,6 +23,7 @@ from ..cache import KVCache
 from ..decode_layer import call_layer
 from ..kernels.few_rows import load_operators
 from ..llama import Llama, TorchAttention
+from ..ranks import is_so_everywhere
 from .bound_step import BoundStep
 from .inductor import cache_misses, compiler, compiler_problem, kernel_compiler
 from .saved_step import SavedStep
@@ -127,10 +128,10 @@ class TorchBackend:
         self._steps: dict[str, BoundStep] = {}
         if not compile:
             self.startup = self._start(self._eager_step, progress)
-        elif self._has_own_kernels():
+        elif (step := self._gpu_step()) is not None:
             with kernel_compiler() as folder:
                 before = len(os.listdir(folder))
-                started = self._record(self._start(self._gpu_step, progress))
+                started = self._record(self._start(lambda _: step, progress))
                 self.startup = replace(started, cache_hit=before == len(os.listdir(folder)))
         else:
             self.startup = self._compile(progress)
@@ -217,17 +218,13 @@ class TorchBackend:
             step.record(pool)
         return replace(started, warmup_s=started.warmup_s + time.perf_counter() - begin)
 
-    def _has_own_kernels(self) -> bool:
+    def _gpu_step(self) -> _Step | None:
+        """Every step, of kernels of our own; None where they don't fit."""
         if self._device.type != "cuda" or find_spec("triton") is None:
-            return False
-        from ..gpu_step import fits_gpu
+            return None
+        from ..gpu_step import fits_gpu, run_on_gpu
 
-        return fits_gpu(self._model, self.cache)
-
-    def _gpu_step(self, _: str) -> _Step:
-        from ..gpu_step import run_on_gpu
-
-        return partial(run_on_gpu, *self._constants)
+        return partial(run_on_gpu, *self._constants) if fits_gpu(self._model, self.cache) else None
 
     def _start(self, make: Callable[[str], _Step], progress: Callable[[str], None]) -> Startup:
         """Loads every step, or else runs it twice: the first call compiles, the second is warm."""
@@ -251,6 +248,9 @@ class TorchBackend:
             progress(f"{'compiling' if is_saved else 'starting'} {name.replace('_', ' of ')}")
             self._steps[name] = self._bind(name, step)
             loaded = is_saved and step.load()
+            if not is_so_everywhere(loaded, self._model.rank, self._device) and loaded:
+                step.forget()  # compiling calls it, which takes all ranks
+                loaded = False
             if is_saved:
                 hit = loaded and hit is not False
             if not loaded:
