@@ -84,7 +84,15 @@ def clear_caches(names: Iterable[str] | None = None) -> int:
         if name not in sizes:
             raise ValueError(f"cache is {name!r}; there are {', '.join(sizes) or 'none'}")
     for name in chosen:
-        shutil.rmtree(cache_root() / name)
+        folder = cache_root() / name
+        if not folder.is_symlink():
+            shutil.rmtree(folder)
+            continue
+        for entry in folder.iterdir():  # the user's own place for it stays
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
     return sum(sizes[name] for name in chosen)
 
 

@@ -97,3 +97,19 @@ def test_caches_are_measured_and_cleared(tmp_path: Path, monkeypatch: pytest.Mon
     assert cache_sizes() == {"b": 7, "c": 11}
     assert clear_caches() == 18
     assert list(cache_root().iterdir()) == []
+
+
+def test_a_cache_that_lies_elsewhere_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    elsewhere, other = tmp_path / "disk", tmp_path / "other"
+    for folder in (elsewhere, elsewhere / "deep", other):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"123")
+    (elsewhere / "link").symlink_to(other)
+    cache_folder("a")
+    (cache_root() / "b").symlink_to(elsewhere)
+    assert clear_caches(["b"]) >= 6
+    assert (cache_root() / "b").is_symlink()
+    assert [*elsewhere.iterdir()] == []
+    assert (other / "file").exists()
+    assert (cache_root() / "a").exists()
