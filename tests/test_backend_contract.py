@@ -23,6 +23,7 @@ from references import (
     prefill_chunks,
     random_ids,
 )
+from test_gpu_kernels import on_gpu
 from torch._dynamo.utils import counters
 
 from llamac.export import export_bundle
@@ -41,8 +42,10 @@ NUM_POSITIONS = 128
 MIXED = (6, 24)  # more than the operators for few rows take, too
 
 
-def torch_backend(folder: Path, *, compile: bool) -> TorchBackend:
-    model = our_model(VARIANT, num_positions=NUM_POSITIONS)
+def torch_backend(folder: Path, *, compile: bool, device: str = "cpu") -> TorchBackend:
+    model = our_model(VARIANT, num_positions=NUM_POSITIONS).to(device)
+    if device == "cuda":
+        model.join_weights()
     return TorchBackend(
         model,
         batch_size=B,
@@ -69,6 +72,7 @@ def ort_backend(folder: Path, *, target: str) -> OrtBackend:
 BACKENDS: dict[str, Callable[[Path], Backend]] = {
     "eager": partial(torch_backend, compile=False),
     "compiled": partial(torch_backend, compile=True),
+    "own kernels": partial(torch_backend, compile=True, device="cuda"),
     "ort fused": partial(ort_backend, target="cpu"),  # GroupQueryAttention
     "ort standard": partial(ort_backend, target="tensorrt"),
 }
@@ -88,6 +92,7 @@ def one_thread() -> Iterator[None]:
     params=[
         "eager",
         pytest.param("compiled", marks=pytest.mark.slow),
+        pytest.param("own kernels", marks=on_gpu),
         "ort fused",
         "ort standard",
     ],
