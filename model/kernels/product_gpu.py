@@ -170,6 +170,7 @@ def sum_products(
     `block` is what begin_products gave. A single row of x is normalized where there is a gain:
     RMSNorm is one number times x * gain, and the loop that reads x sums its squares, too.
     """
+    tl.static_assert(gain is None or BLOCK_X == 1, "several rows of x are normalized before")
     SUM_COLUMNS: tl.constexpr = BLOCK_COLUMNS if BLOCK_X == 1 else BLOCK_X
     x_row = tl.arange(0, BLOCK_X)
     is_x = x_row < num_x
