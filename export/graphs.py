@@ -247,8 +247,7 @@ class _Step(nn.Module):
             self.llama = Llama(config, num_positions=spec.num_positions, packed=spec.packed)
         finally:
             torch.set_default_dtype(before)
-        if spec.packed:
-            set_products(self.llama, spec.target, dtype, accuracy_level=spec.accuracy_level)
+        set_products(self.llama, spec.target, dtype, accuracy_level=spec.accuracy_level)
         if spec.embedding_dtype is not None:
             table = torch.empty(
                 config.vocab_size, config.hidden_size, dtype=getattr(torch, spec.embedding_dtype)

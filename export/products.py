@@ -1,4 +1,4 @@
-"""Products with packed weights as ONNX operators: the export's side of PackedLinear."""
+"""Products with weights as ONNX operators: the export's side of Linear and PackedLinear."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..model.linear import Linear
 from ..model.llama import Llama
 from ..model.packed import PackedEmbedding, PackedFormat, PackedLinear
 
 __all__ = ["set_products"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
+_WEIGHT_FIRST = range(2, 65)  # rows of x
 
 
 def set_products(model: Llama, target: str, dtype: torch.dtype, *, accuracy_level: int) -> None:
-    """Makes a model's packed layers emit operators, with parameters in the shapes these want.
+    """Makes a model's layers emit operators, with parameters in the shapes these want.
 
     A tied head gets parameters of its own: the operator wants the table's bytes in another shape.
 
     Args:
         model: Without values.
-        target: "cpu" and "cuda" get MatMulNBits, "tensorrt" DequantizeLinear and Gemm.
+        target: Of packed weights "cpu" and "cuda" get MatMulNBits, "tensorrt" DequantizeLinear
+            and Gemm; "cpu" gets plain weights as left factors of a few rows.
         dtype: Of the hidden states.
         accuracy_level: Of MatMulNBits.
     """
     for module in list(model.modules()):
         if isinstance(module, PackedEmbedding) and target == "tensorrt":
             model.model.embed_tokens = _UnpackedTable(module, dtype)
+        if isinstance(module, Linear) and target == "cpu":
+            module.product = _multiply_plain
         if not isinstance(module, PackedLinear):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -69,6 +74,21 @@ def _block_size(form: PackedFormat) -> int:
             f"{_SMALLEST_BLOCK}; llamac quantize the unquantized checkpoint"
         )
     return block
+
+
+def _multiply_plain(x: Tensor, layer: Linear) -> Tensor:
+    """X [M, K] times the weight; see the runtime's opening of sessions for the order of factors."""
+    if len(x) not in _WEIGHT_FIRST:
+        return nn.functional.linear(x, layer.weight)
+    out = torch.onnx.ops.symbolic(
+        "Gemm",
+        (layer.weight, x),
+        {"transB": 1},
+        dtype=x.dtype,
+        shape=(layer.out_features, len(x)),
+        version=13,
+    )
+    return out.t()
 
 
 def _multiply_packed(x: Tensor, layer: PackedLinear, *, accuracy_level: int) -> Tensor:

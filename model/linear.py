@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,6 +121,7 @@ class Linear(OverRanks):
         out_features: Width of the result.
         joined: Of the first of joined weights all of them, [all rows, in_features]; else None.
         joined_bias: Their biases, [all rows], if they have any.
+        product: What an export emits instead of x @ weight.T; None is that.
     """
 
     joined: Tensor | None
@@ -131,6 +134,7 @@ class Linear(OverRanks):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_buffer("joined", None, persistent=False)
         self.register_buffer("joined_bias", None, persistent=False)
+        self.product: Callable[[Tensor, Linear], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.
@@ -147,6 +151,8 @@ class Linear(OverRanks):
         return self.combine(self._multiply(x))
 
     def _multiply(self, x: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.add_bias(self.product(x, self))
         if x.device.type == "cuda":
             return _multiply_on_gpu(x, self.weight, self.own_bias)
         if x.device.type == "cpu" and not torch.compiler.is_exporting():

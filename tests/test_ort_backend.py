@@ -269,6 +269,8 @@ def test_a_step_runs_the_nodes_of_the_graph_and_copies_nothing(
         # Fused: x * sigmoid(x), and a product with a transposed cache. A Memcpy would be one more.
         assert "Gemm" in names
         assert names <= exported | {"QuickGelu", "FusedMatMul"}
+        # On the CPU weights stay left factors, unless they are packed beforehand.
+        assert "Transpose" in names
         writes = {"TensorScatter", "GroupQueryAttention"} & names
         assert writes
         for node in nodes:

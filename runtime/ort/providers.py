@@ -49,6 +49,9 @@ _PIP = {
 _CUDA_PIP = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 _LOG_ERRORS, _LOG_FATAL_ERRORS = 3, 4
+# It makes a weight the right factor of a product again, which the CPU provider copies into another
+# layout at every step, unless that copy is kept.
+_UNPACKED_WITHOUT = ["GemmTransposeFusion"]
 _SOURCE_PLACE = re.compile(r"^/onnxruntime_src/\S+:\d+ .*?\)(?: const)? ")
 _MAX_REASON = 4000  # characters: the longest seen name every node of a graph
 
@@ -177,6 +180,7 @@ def open_session(path: Path, options: SessionOptions) -> Any:
             settings,
             providers=[(name, dict(options.provider_options))],
             enable_fallback=0,
+            disabled_optimizers=[] if options.prepack else _UNPACKED_WITHOUT,
         )
     if session.get_providers()[0] != name:
         raise BackendUnavailableError(
