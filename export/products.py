@@ -77,7 +77,10 @@ def _block_size(form: PackedFormat) -> int:
 
 
 def _multiply_plain(x: Tensor, layer: Linear) -> Tensor:
-    """X [M, K] times the weight; see the runtime's opening of sessions for the order of factors."""
+    """X [M, K] times the weight, of a few rows turned around.
+
+    ONNX Runtime's CPU provider copies a right factor at every step, and reads a left one as it is.
+    """
     if len(x) not in _WEIGHT_FIRST:
         return nn.functional.linear(x, layer.weight)
     out = torch.onnx.ops.symbolic(
